@@ -1,0 +1,42 @@
+"""Make neural networks smaller and faster, and see what it really did: bytes, accuracy, milliseconds.
+
+Names are imported on first use, so that `import workbench` and `workbench --help` stay quick.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "workbench.technique": ("Pipeline", "Setting", "Technique", "setting"),
+    "workbench.data": ("DATA_SETS", "Data", "DataError", "Split", "load_data"),
+    "workbench.models": ("MODELS", "build", "load_model"),
+    "workbench.training": ("Accuracy", "Step", "evaluate", "evaluations", "fit"),
+    "workbench.techniques": (
+        "TECHNIQUES",
+        "ChannelPruning",
+        "Distillation",
+        "LowRank",
+        "MagnitudePruning",
+        "Quantization",
+    ),
+    "workbench.artifact": ("ArtifactError", "Ledger", "encode", "ledger", "load", "save"),
+    "workbench.runtimes": ("RUNTIMES",),
+    "workbench.profiler": ("Profile", "profile"),
+    "workbench.records": ("Record", "pareto", "read_records", "sweep"),
+    "workbench.panel": ("panel",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"workbench has no {name!r}; it has: {', '.join(__all__)}.")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return [*globals(), *__all__]

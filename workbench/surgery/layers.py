@@ -1,0 +1,51 @@
+"""Copy a model, find its layers, replace one of them, and remember what was computed from its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+T = TypeVar("T")
+_REMEMBERED: WeakKeyDictionary[nn.Module, dict[Any, tuple[tuple, Any]]] = WeakKeyDictionary()
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """Return a deep copy in eval mode that shares no memory with `model`."""
+    return copy.deepcopy(model).eval()
+
+
+def weighted_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return (name, layer) of every linear and convolution layer, in the order of definition."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds)]
+
+
+def layer_at(model: nn.Module, name: str) -> nn.Module:
+    """Return the layer called `name`, as in `named_modules`."""
+    return model.get_submodule(name)
+
+
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` where the layer called `name` was, in place; raises AttributeError if there is none."""
+    parent, _, child = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if child not in owner._modules:
+        raise AttributeError(f"There is no layer called {name!r} to replace.")
+    owner._modules[child] = layer
+
+
+def remembered(model: nn.Module, key: Any, compute: Callable[[], T]) -> T:
+    """Return `compute()`, computed once for this model and key as long as the model's tensors stay unchanged.
+
+    This is what makes a slider quick: factors, sorted magnitudes and activation ranges do not depend on it.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    version = tuple((id(t), t.data_ptr(), t._version) for t in tensors)
+    store = _REMEMBERED.setdefault(model, {})
+    if key not in store or store[key][0] != version:
+        store[key] = (version, compute())
+    return store[key][1]

@@ -1,0 +1,199 @@
+"""What a compression technique is: a frozen set of settings that turns a model into a smaller one.
+
+A setting is declared once. Validation, slider, label, command-line flag and the generic tests follow from it:
+
+    @dataclass(frozen=True)
+    class LowRank(Technique):
+        family: ClassVar[str] = "low-rank"
+        source: ClassVar[str] = "Denton et al., 2014, arXiv:1404.0736"
+        rank: float = setting(0.5, low=0.05, high=1.0, step=0.05, unit="of full rank", neutral=1.0)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ABSENT: Any = MISSING  # a setting without a value that changes nothing
+Watch = Callable[[Any], "bool | None"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One knob of a technique: its range, its unit, and the value that changes nothing.
+
+    A number has `low`, `high` and `step`; anything else has `choices`. `neutral` is valid even outside the range.
+    """
+
+    name: str
+    default: Any
+    low: float | None = None
+    high: float | None = None
+    step: float | None = None
+    choices: tuple = ()
+    unit: str = ""
+    neutral: Any = ABSENT
+    help: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name in words: `weight_bits` -> "weight bits"."""
+        return self.name.replace("_", " ")
+
+    @property
+    def is_number(self) -> bool:
+        return not self.choices
+
+    @property
+    def has_neutral(self) -> bool:
+        return self.neutral is not ABSENT
+
+    def positions(self) -> list:
+        """Every value that the slider or the drop-down can take, both ends included."""
+        if not self.is_number:
+            return list(self.choices)
+        count = round((self.high - self.low) / self.step)
+        values = [self.low + i * self.step for i in range(count + 1)]
+        return [type(self.default)(round(v, 10)) for v in values]
+
+    def check(self, value: Any) -> Any:
+        """Return the value in the setting's own type; raise ValueError with a readable sentence if it cannot be."""
+        if self.has_neutral and value == self.neutral and value is not True:
+            return self.neutral
+        if not self.is_number:
+            return self._check_choice(value)
+        return self._check_number(value)
+
+    def _check_choice(self, value):
+        if value not in self.choices:
+            raise ValueError(
+                f"{self.label} is {value!r}; choose one of {', '.join(map(repr, self.choices))}."
+            )
+        return self.choices[self.choices.index(value)]
+
+    def _check_number(self, value):
+        kind = type(self.default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
+            word = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{self.label} is {value!r}; it takes {word} from {self.low} to {self.high}.")
+        if not self.low <= value <= self.high:
+            also = f" (or {self.neutral}, which changes nothing)" if self.has_neutral else ""
+            raise ValueError(f"{self.label} is {value}; it goes from {self.low} to {self.high}{also}.")
+        return kind(value)
+
+
+def setting(
+    default: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    step: float | None = None,
+    choices: tuple = (),
+    unit: str = "",
+    neutral: Any = ABSENT,
+    help: str = "",
+) -> Any:
+    """Declare a setting as a dataclass field; see `Setting` for what the words mean."""
+    knob = Setting("", default, low, high, step, tuple(choices), unit, neutral, help)
+    return field(default=default, metadata={"setting": knob})
+
+
+@dataclass(frozen=True)
+class Technique:
+    """A compression technique with its settings; `compress` returns a new model and never touches the given one."""
+
+    family: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    trains: ClassVar[bool] = False
+
+    def __post_init__(self):
+        for knob in self.settings():
+            try:
+                object.__setattr__(self, knob.name, knob.check(getattr(self, knob.name)))
+            except ValueError as error:
+                raise ValueError(f"{type(self).__name__}: {error}") from None
+
+    @classmethod
+    def settings(cls) -> tuple[Setting, ...]:
+        """Return the declared settings, in order."""
+        knobs = ((f.name, f.metadata["setting"]) for f in fields(cls) if "setting" in f.metadata)
+        return tuple(replace(knob, name=name) for name, knob in knobs)
+
+    @classmethod
+    def title(cls) -> str:
+        """Return the name in words: `LowRank` -> "Low rank"."""
+        words = re.findall(r"[A-Z][a-z0-9]*", cls.__name__)
+        return " ".join([words[0], *(w.lower() for w in words[1:])])
+
+    @classmethod
+    def neutral(cls) -> Technique:
+        """Return the technique with every setting at the value that changes nothing."""
+        return cls(**{knob.name: knob.neutral for knob in cls.settings() if knob.has_neutral})
+
+    @property
+    def is_neutral(self) -> bool:
+        """True when all settings that have a neutral value are at it: the model comes back as it was."""
+        knobs = [knob for knob in self.settings() if knob.has_neutral]
+        return bool(knobs) and all(getattr(self, knob.name) == knob.neutral for knob in knobs)
+
+    def values(self) -> dict[str, Any]:
+        """Return the settings as a plain dictionary that JSON can hold."""
+        return {knob.name: getattr(self, knob.name) for knob in self.settings()}
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.values().items())})"
+
+    def compress(self, model: nn.Module, data: Any = None, watch: Watch | None = None) -> nn.Module:
+        """Return a compressed copy of `model` in eval mode.
+
+        `data` is a `Data`, or one example batch where only shapes are needed. `watch` receives each training step
+        of a technique that trains; returning False stops it, and the best weights so far are kept.
+        """
+        raise TypeError(
+            f"{type(self).__name__} does not say how it compresses: define compress(model, data, watch)."
+        )
+
+    def recall(self, model: nn.Module) -> nn.Module | None:
+        """Return a result shipped for exactly this model and these settings, or None."""
+        return None
+
+
+@dataclass(frozen=True)
+class Pipeline(Technique):
+    """Several techniques, one after the other: each compresses what the one before it returned."""
+
+    family: ClassVar[str] = "combination"
+    source: ClassVar[str] = "Han et al., 2016, arXiv:1510.00149"
+    stages: tuple[Technique, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "stages", tuple(self.stages))
+        for stage in self.stages:
+            if not isinstance(stage, Technique):
+                raise ValueError(
+                    f"Pipeline: {stage!r} is not a technique; pass instances such as LowRank(rank=0.5)."
+                )
+
+    @property
+    def is_neutral(self) -> bool:
+        return all(stage.is_neutral for stage in self.stages)
+
+    def values(self) -> dict[str, Any]:
+        return {"stages": [{"technique": type(s).__name__, **s.values()} for s in self.stages]}
+
+    def __str__(self) -> str:
+        return " → ".join(map(str, self.stages)) or "Pipeline()"
+
+    def compress(self, model, data=None, watch=None):
+        """Return the model after all stages; an empty pipeline returns an untouched copy."""
+        from workbench.surgery import clone
+
+        model = clone(model)
+        for stage in self.stages:
+            model = stage.compress(model, data, watch)
+        return model
