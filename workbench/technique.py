@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from torch import nn
 
-ABSENT: Any = MISSING  # a setting without a value that changes nothing
+ABSENT: Any = object()  # marks a setting without a value that changes nothing
 Watch = Callable[[Any], "bool | None"]
 
 
@@ -71,9 +71,7 @@ class Setting:
 
     def _check_choice(self, value):
         if value not in self.choices:
-            raise ValueError(
-                f"{self.label} is {value!r}; choose one of {', '.join(map(repr, self.choices))}."
-            )
+            raise ValueError(f"{self.label} is {value!r}; choose one of {', '.join(map(repr, self.choices))}.")
         return self.choices[self.choices.index(value)]
 
     def _check_number(self, value):
@@ -154,9 +152,7 @@ class Technique:
         `data` is a `Data`, or one example batch where only shapes are needed. `watch` receives each training step
         of a technique that trains; returning False stops it, and the best weights so far are kept.
         """
-        raise TypeError(
-            f"{type(self).__name__} does not say how it compresses: define compress(model, data, watch)."
-        )
+        raise TypeError(f"{type(self).__name__} does not say how it compresses: define compress(model, data, watch).")
 
     def recall(self, model: nn.Module) -> nn.Module | None:
         """Return a result shipped for exactly this model and these settings, or None."""
@@ -175,9 +171,7 @@ class Pipeline(Technique):
         object.__setattr__(self, "stages", tuple(self.stages))
         for stage in self.stages:
             if not isinstance(stage, Technique):
-                raise ValueError(
-                    f"Pipeline: {stage!r} is not a technique; pass instances such as LowRank(rank=0.5)."
-                )
+                raise ValueError(f"Pipeline: {stage!r} is not a technique; pass instances such as LowRank(rank=0.5).")
 
     @property
     def is_neutral(self) -> bool:

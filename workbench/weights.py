@@ -38,9 +38,7 @@ class FakeQuantize(nn.Module):
     arXiv:1308.3432). Source: Jacob et al., 2018, arXiv:1712.05877.
     """
 
-    def __init__(
-        self, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None, symmetric: bool = True
-    ):
+    def __init__(self, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None, symmetric: bool = True):
         super().__init__()
         if not 2 <= bits <= 8:
             raise ValueError(f"A weight quantizer takes 2 to 8 bits, not {bits}.")
@@ -93,9 +91,7 @@ class InputQuantizer(nn.Module):
         self.register_buffer("zero_point", zero_point.detach().to(torch.int32).reshape(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.fake_quantize_per_tensor_affine(
-            x, self.scale, self.zero_point, self.quant_min, self.quant_max
-        )
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
 
 
 def _quantize_input(layer: nn.Module, args: tuple) -> tuple:
