@@ -1,0 +1,279 @@
+"""Train a model, and count how often it is right: `fit` yields steps, `evaluations` better and better accuracies."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from workbench.data import Data, Split
+
+Z_95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Images classified correctly out of all that were shown."""
+
+    correct: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        """The fraction that is right, 0 to 1."""
+        return self.correct / self.total if self.total else math.nan
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.value
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the fraction (Wilson, 1927, doi:10.1080/01621459.1927.10502953)."""
+        if not self.total:
+            return 0.0, 1.0
+        n, p, z = self.total, self.value, Z_95
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return max(0.0, middle - half), min(1.0, middle + half)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.percent:.1f} % ({100 * low:.1f}–{100 * high:.1f} %) of {self.total:,} images"
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """Put the model in eval mode without gradients, and back as it was afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        model.train(was_training)
+
+
+def predictions(model: nn.Module, split: Split, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (predicted, true) class numbers, int64 (B,) each, batch by batch in the order of the split."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for images, labels in split.batches(batch_size):
+        with evaluating(model):
+            images = images.to(device).contiguous(memory_format=torch.channels_last)
+            yield model(images).argmax(1).cpu(), labels
+
+
+def evaluations(model: nn.Module, split: Split, batch_size: int = 256) -> Iterator[Accuracy]:
+    """Yield the accuracy after each batch; the last one is exact for the whole split."""
+    correct = total = 0
+    for predicted, labels in predictions(model, split, batch_size):
+        correct += int((predicted == labels).sum())
+        total += len(labels)
+        yield Accuracy(correct, total)
+
+
+def evaluate(model: nn.Module, split: Split, batch_size: int = 256) -> Accuracy:
+    """Return the accuracy of `model` on every image of `split`."""
+    accuracy = Accuracy(0, 0)
+    for accuracy in evaluations(model, split, batch_size):  # noqa: B007
+        pass
+    return accuracy
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step: its number of all, the mean loss since the last one, and validation accuracy when counted."""
+
+    step: int
+    steps: int
+    epoch: int
+    loss: float
+    accuracy: Accuracy | None
+    seconds: float
+
+
+@dataclass
+class _State:
+    """What a training needs to go on after an interruption."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    epoch: int = 0
+    best: Accuracy | None = None
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def keep_if_best(self, accuracy: Accuracy) -> None:
+        if self.best is None or accuracy.value >= self.best.value:
+            self.best = accuracy
+            self.best_weights = copy.deepcopy(self.model.state_dict())
+
+    def restore_best(self) -> None:
+        if self.best_weights:
+            self.model.load_state_dict(self.best_weights)
+        self.model.eval()
+
+    def save(self, path: Path) -> None:
+        from safetensors.torch import save_file
+
+        moments = self.optimizer.state_dict()["state"]
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best_weights.items()}
+        tensors |= {f"optimizer.{i}.{k}": v for i, slots in moments.items() for k, v in slots.items()}
+        note = {"epoch": self.epoch, "best": [self.best.correct, self.best.total] if self.best else None}
+        part = path.with_suffix(".part")
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, {"note": json.dumps(note)})
+        part.replace(path)
+
+    def load(self, path: Path, steps_per_epoch: int) -> None:
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            note = json.loads(file.metadata()["note"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        self.model.load_state_dict(_below("model.", tensors))
+        self.best_weights = _below("best.", tensors)
+        self.best = Accuracy(*note["best"]) if note["best"] else None
+        self.epoch = note["epoch"]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in _below("optimizer.", tensors).items():
+            index, slot = key.split(".")
+            moments.setdefault(int(index), {})[slot] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        for _ in range(self.epoch * steps_per_epoch):
+            self.schedule.step()
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def jitter(images: Tensor, generator: torch.Generator, pixels: float = 2.0) -> Tensor:
+    """Turn, scale, shear and shift each image (N, C, H, W) a little, at random; colour images are mirrored too."""
+    n, channels, _, width = images.shape
+    spread = torch.rand(n, 6, generator=generator) * 2 - 1
+    turn, shear = 0.17 * spread[:, 0], 0.17 * spread[:, 1]
+    grow = 1 + 0.14 * spread[:, 2:4]
+    matrix = torch.zeros(n, 2, 3)
+    matrix[:, 0, 0], matrix[:, 0, 1] = turn.cos() * grow[:, 0], shear - turn.sin()
+    matrix[:, 1, 0], matrix[:, 1, 1] = turn.sin(), turn.cos() * grow[:, 1]
+    matrix[:, :, 2] = spread[:, 4:] * pixels * 2 / width
+    if channels == 3:
+        matrix[:, 0] *= torch.where(torch.rand(n, 1, generator=generator) < 0.5, -1.0, 1.0)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def has_bfloat16() -> bool:
+    """True when this processor multiplies bfloat16 in hardware, so that autocast makes training faster."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+def distillation_loss(
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, soft_weight: float
+) -> Tensor:
+    """Return the mean loss of a student that learns from labels and from a teacher's softened answers.
+
+    (1 - soft_weight) · cross entropy + soft_weight · T² · KL(teacher at T ‖ student at T); logits are (N, classes).
+    Source: Hinton, Vinyals and Dean, 2015, arXiv:1503.02531.
+    """
+    hard = F.cross_entropy(student, labels)
+    soft = F.kl_div(
+        F.log_softmax(student / temperature, 1),
+        F.log_softmax(teacher / temperature, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return (1 - soft_weight) * hard + soft_weight * temperature**2 * soft
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    *,
+    epochs: int = 12,
+    batch_size: int = 128,
+    learning_rate: float = 4e-3,
+    weight_decay: float = 0.02,
+    seed: int = 0,
+    augment: bool = True,
+    validations: int = 1,
+    teacher: nn.Module | None = None,
+    temperature: float = 4.0,
+    soft_weight: float = 0.9,
+    checkpoint: Path | None = None,
+) -> Iterator[Step]:
+    """Train `model` in place (AdamW, one cycle) and yield a `Step` each few batches.
+
+    Validation accuracy is counted `validations` times an epoch. When the iterator ends or is closed, the model holds
+    the best weights so far, in eval mode. With `checkpoint`, each epoch is saved there and a later call goes on from
+    it. With `teacher`, the loss is `distillation_loss`. The same seed gives the same result on the same machine.
+    """
+    per_epoch = math.ceil(len(data.train) / batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=max(2, epochs * per_epoch), pct_start=0.25
+    )
+    state = _State(model, optimizer, schedule)
+    if checkpoint and checkpoint.is_file():
+        state.load(checkpoint, per_epoch)
+    soft = None if teacher is None else (teacher.eval(), temperature, soft_weight)
+    try:
+        while state.epoch < epochs:
+            yield from _epoch(state, data, epochs * per_epoch, per_epoch, batch_size, seed, augment, validations, soft)
+            state.epoch += 1
+            if checkpoint:
+                state.save(checkpoint)
+    finally:
+        state.restore_best()
+
+
+def _epoch(state, data, steps, per_epoch, batch_size, seed, augment, validations, soft) -> Iterator[Step]:
+    """Train through all images once, yielding about twenty steps and `validations` accuracies."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + state.epoch)
+    report, validate = max(1, per_epoch // 20), max(1, per_epoch // validations)
+    started, total, counted = time.perf_counter(), 0.0, 0
+    batches = data.train.batches(batch_size, seed=seed * 100_003 + state.epoch)
+    for number, (images, labels) in enumerate(batches, 1):
+        images = jitter(images, generator) if augment else images
+        total += _update(state, images.contiguous(memory_format=torch.channels_last), labels, soft)
+        counted += 1
+        last = number == per_epoch
+        accuracy = None
+        if last or (number % validate == 0 and per_epoch - number >= validate // 2):
+            accuracy = evaluate(state.model, data.val)
+            state.keep_if_best(accuracy)
+        if accuracy or number % report == 0:
+            seconds = time.perf_counter() - started
+            yield Step(state.epoch * per_epoch + number, steps, state.epoch, total / counted, accuracy, seconds)
+            total, counted = 0.0, 0
+
+
+def _update(state: _State, images: Tensor, labels: Tensor, soft) -> float:
+    """Take one optimizer step and return the loss."""
+    state.model.train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
+        logits = state.model(images).float()
+        if soft is None:
+            loss = F.cross_entropy(logits, labels)
+        else:
+            teacher, temperature, soft_weight = soft
+            with torch.no_grad():
+                wisdom = teacher(images).float()
+            loss = distillation_loss(logits, wisdom, labels, temperature, soft_weight)
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    state.optimizer.step()
+    state.schedule.step()
+    return loss.item()
