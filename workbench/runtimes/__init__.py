@@ -1,0 +1,48 @@
+"""The same model made to run: torch eager in two memory layouts, OpenVINO, and an NVIDIA GPU.
+
+A runtime prepares a copy of a model for one input shape. What comes back runs, and says which precision its kernels
+really compute in: a model that was quantized to 8 bits is not thereby an 8-bit computation.
+"""
+
+import torch
+
+from workbench.runtimes.base import MEASURING, Kernel, Prepared, Runtime, RuntimeFailed, threads
+from workbench.runtimes.cuda import Cuda
+from workbench.runtimes.eager import Eager, bake, is_fake_quantized
+from workbench.runtimes.openvino import OpenVINO
+
+RUNTIMES: tuple[Runtime, ...] = (
+    Eager("eager", torch.contiguous_format),
+    Eager("eager channels-last", torch.channels_last),
+    OpenVINO(),
+    Cuda("cuda", half=False),
+    Cuda("cuda half", half=True),
+)
+
+
+def runtime(name: str) -> Runtime:
+    """Return the runtime called `name`; raises ValueError that lists the names there are."""
+    for one in RUNTIMES:
+        if one.name == name:
+            return one
+    raise ValueError(f"There is no runtime {name!r}; choose one of {', '.join(one.name for one in RUNTIMES)}.")
+
+
+def available_runtimes() -> list[Runtime]:
+    """Return the runtimes that work on this machine, in the order of RUNTIMES."""
+    return [one for one in RUNTIMES if one.available()[0]]
+
+
+__all__ = [
+    "MEASURING",
+    "RUNTIMES",
+    "Kernel",
+    "Prepared",
+    "Runtime",
+    "RuntimeFailed",
+    "available_runtimes",
+    "bake",
+    "is_fake_quantized",
+    "runtime",
+    "threads",
+]

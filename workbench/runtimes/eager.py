@@ -1,0 +1,75 @@
+"""torch as it is: one kernel call a layer, weights in the layout of one's choice."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from workbench.runtimes.base import Prepared, Runtime
+from workbench.surgery import clone, weighted_layers
+from workbench.weights import FakeQuantize, InputQuantizer, weight_parametrizations
+
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """Return a copy whose weights are plain tensors: masks and rounding are applied once, not on every forward.
+
+    Not `parametrize.remove_parametrizations`: deep copies share their class, and it would delete the weight property
+    of the original model too.
+    """
+    model = clone(model)
+    for layer in model.modules():
+        if "parametrizations" in layer._modules:
+            _bake_layer(layer)
+    return model.requires_grad_(False)
+
+
+def _bake_layer(layer: nn.Module) -> None:
+    with torch.no_grad():
+        baked = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}
+    layer.__class__ = type(layer).__bases__[0]
+    del layer._modules["parametrizations"]
+    for name, value in baked.items():
+        layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+def is_fake_quantized(model: nn.Module) -> bool:
+    """Return True when rounding to integers is simulated somewhere, in a weight or in a layer's input."""
+    layers = [layer for _, layer in weighted_layers(model)]
+    weights = any(isinstance(p, FakeQuantize) for layer in layers for p in weight_parametrizations(layer))
+    return weights or any(isinstance(module, InputQuantizer) for module in model.modules())
+
+
+class PreparedEager(Prepared):
+    """A torch model run layer by layer."""
+
+    def __init__(self, runtime: Runtime, model: nn.Module, example: Tensor, threads: int, layout: torch.memory_format):
+        super().__init__(runtime, example, threads)
+        self.model = bake(model).to(memory_format=layout)
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        self.precision = DTYPES.get(dtype, str(dtype))
+        layout = layout if example.dim() == 4 else torch.contiguous_format
+        self.example = example.to(dtype).contiguous(memory_format=layout)
+        if is_fake_quantized(model):
+            self.note = "rounding to integers is only simulated, so this is not the time of an int8 kernel"
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self.model(batch.to(self.example.dtype)).float()
+
+    def run(self) -> None:
+        with torch.inference_mode():
+            self.model(self.example)
+
+
+class Eager(Runtime):
+    """torch eager, with images and convolution weights channels first or channels last in memory."""
+
+    def __init__(self, name: str, layout: torch.memory_format):
+        self.name, self.layout = name, layout
+
+    def _prepare(self, model, example, threads):
+        prepared = PreparedEager(self, model, example, threads, self.layout)
+        prepared.compare(model, example)
+        return prepared

@@ -1,0 +1,180 @@
+"""OpenVINO on the processor: fake-quantized layers become real int8 kernels, and the compiled model says which."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from workbench.runtimes.base import Kernel, Prepared, Runtime
+from workbench.runtimes.eager import is_fake_quantized
+from workbench.surgery import clone, weighted_layers
+
+PRECISIONS = {"I8": "int8", "f32": "fp32", "f16": "fp16", "bf16": "bf16", "f64": "fp64", "u8": "int8", "i8": "int8"}
+
+HELD = {"i8": "8-bit", "u8": "8-bit", "i4": "4-bit", "u4": "4-bit", "u2": "2-bit"}
+
+
+@lru_cache(maxsize=1)
+def _core():
+    import openvino
+
+    return openvino.Core()
+
+
+class PreparedOpenVINO(Prepared):
+    """A model compiled for one input shape; batches of other shapes are compiled when they come."""
+
+    def __init__(self, runtime: Runtime, model: nn.Module, example: Tensor, threads: int):
+        super().__init__(runtime, example, threads)
+        self.model = clone(model).requires_grad_(False)
+        self._requests = {}
+        self._request = self._filled(example)
+        self.kernels = tuple(_kernels(self._request.get_compiled_model(), _calls(self.model, example)))
+        self.precision = _summary([kernel.precision for kernel in self.kernels])
+        self.note = self._note(is_fake_quantized(model))
+
+    def _filled(self, batch: Tensor):
+        import openvino
+
+        shape = tuple(batch.shape)
+        if shape not in self._requests:
+            self._requests[shape] = _compile(_converted(self.model, batch), self.threads).create_infer_request()
+        request = self._requests[shape]
+        request.set_input_tensor(openvino.Tensor(batch.detach().float().contiguous().numpy(), shared_memory=False))
+        return request
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        request = self._filled(batch)
+        request.infer()
+        return torch.from_numpy(request.get_output_tensor().data.copy())
+
+    def run(self) -> None:
+        self._request.infer()
+
+    def _note(self, quantized: bool) -> str:
+        names = ", ".join(sorted({kernel.implementation for kernel in self.kernels}))
+        fast = sum(kernel.precision == "int8" for kernel in self.kernels)
+        if quantized and not fast:
+            return f"no layer runs an int8 kernel, rounded weights are multiplied as {self.precision} ({names})"
+        return f"{fast} of {len(self.kernels)} layers run int8 kernels ({names})" if fast else f"kernels {names}"
+
+
+class OpenVINO(Runtime):
+    """Intel's inference engine on the processor, told to compute in fp32 wherever the model is not quantized."""
+
+    name = "openvino"
+
+    def available(self):
+        try:
+            _core()
+        except ImportError:
+            return False, "the package openvino is not installed; `pip install openvino` brings it"
+        return True, ""
+
+    def _prepare(self, model, example, threads):
+        prepared = PreparedOpenVINO(self, model, example, threads)
+        prepared.compare(model, example)
+        return prepared
+
+
+def _converted(model: nn.Module, example: Tensor):
+    """Return the OpenVINO model of `model` for the shape of `example`.
+
+    Tracing a function instead of the module skips scripting every submodule, and the frontend is called directly:
+    together four times quicker than `openvino.convert_model`, which stays the way out where the short way fails.
+    """
+    import openvino
+
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda batch: model(batch), example, check_trace=False)
+    try:
+        return _convert_directly(traced, example)
+    except Exception as error:
+        logging.getLogger(__name__).info("Direct conversion failed (%s); using openvino.convert_model.", error)
+        return openvino.convert_model(traced, example_input=example, input=[list(example.shape)])
+
+
+def _convert_directly(traced, example: Tensor):
+    from openvino._offline_transformations import apply_moc_transformations, compress_quantize_weights_transformation
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    decoder = TorchScriptPythonDecoder(traced, example_input=example)  # the frontend does not keep it alive itself
+    converted = frontend.convert(frontend.load(decoder))
+    converted.reshape(list(example.shape))
+    apply_moc_transformations(converted, cf=False, smart_reshape=True)  # both as convert_model does: without them
+    compress_quantize_weights_transformation(converted)  # the compiler picks fp32 kernels for quantized layers
+    return converted
+
+
+def _compile(converted, threads: int):
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",  # else bf16 wherever the processor has it, unasked
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else activations of weight-only models are quantized, unasked
+    }
+    return _core().compile_model(converted, "CPU", settings)
+
+
+def _calls(model: nn.Module, example: Tensor) -> list[tuple[str, int]]:
+    """Return (layer, number of output values) of each call of a linear or convolution layer, in order."""
+    calls, hooks = [], []
+    for name, layer in weighted_layers(model):
+        hook = lambda _layer, _args, output, name=name: calls.append((name, output.numel()))
+        hooks.append(layer.register_forward_hook(hook))
+    try:
+        model(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _kernels(compiled, calls: list[tuple[str, int]]) -> Iterator[Kernel]:
+    """Read the multiplying layers of a compiled model, each named after the next torch layer with as many outputs."""
+    waiting = list(calls)
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        kind = _info(node, "layerType")
+        if kind not in ("Convolution", "FullyConnected", "MatMul"):
+            continue
+        size = math.prod(node.get_output_shape(0))
+        match = next((call for call in waiting if kind != "MatMul" and call[1] == size), None)
+        if match:
+            waiting.remove(match)
+        name = match[0] if match else node.get_friendly_name()
+        yield Kernel(name, _precision(node), _implementation(node))
+
+
+def _precision(node) -> str:
+    """Return what a layer multiplies in: the suffix of its implementation, as in `brgconv_avx512_I8`.
+
+    `runtimePrecision` comes second: for weights held in 4 bits and multiplied in fp32 it says `i4`.
+    """
+    suffix = _info(node, "primitiveType").rpartition("_")[2]
+    stored = _info(node, "runtimePrecision")
+    return PRECISIONS.get(suffix) or PRECISIONS.get(stored, stored)
+
+
+def _implementation(node) -> str:
+    held = HELD.get(_info(node, "runtimePrecision"), "")
+    weights = f" on {held} weights" if held and _precision(node) != "int8" else ""
+    return _info(node, "primitiveType") + weights
+
+
+def _info(node, key: str) -> str:
+    info = node.get_rt_info()
+    return info[key].astype(str) if key in info else ""
+
+
+def _summary(precisions: list[str]) -> str:
+    kinds = sorted(set(precisions), key=lambda kind: (kind != "int8", kind))
+    if not kinds:
+        return "fp32"
+    return kinds[0] if len(kinds) == 1 else f"mixed {'/'.join(kinds)}"
