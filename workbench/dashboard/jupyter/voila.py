@@ -1,0 +1,17 @@
+"""Voilà's configuration for the workbench, read by `workbench dashboard` and, on Binder, by the Jupyter server."""
+
+from workbench.dashboard.catalog import add_catalog
+
+c = get_config()  # noqa: F821  (Jupyter's loader defines it)
+
+c.Voila.log_level = "WARN"
+c.VoilaConfiguration.template = "workbench"
+c.VoilaConfiguration.theme = "light"
+c.VoilaConfiguration.page_config_hook = add_catalog
+c.VoilaConfiguration.show_tracebacks = True  # the page folds them below a sentence; an empty page explains nothing
+c.VoilaConfiguration.http_keep_alive_timeout = 5
+
+# A closed tab's kernel holds a model in memory: Voilà leaves some behind, so idle ones without a page are ended.
+c.MappingKernelManager.cull_idle_timeout = 120
+c.MappingKernelManager.cull_interval = 30
+c.MappingKernelManager.cull_connected = False

@@ -1,0 +1,52 @@
+// The page's own words while the kernel works: what it is doing, how far it is, and whether it is still there.
+(() => {
+  const status = document.getElementById("wb-status");
+  const text = document.getElementById("wb-status-text");
+  const progress = document.getElementById("wb-progress");
+
+  const say = (sentence) => { status.hidden = false; text.textContent = sentence; };
+  const done = () => { status.hidden = true; document.body.dataset.ready = "true"; };
+
+  // Voilà calls these by name while it streams the cells and when its own script has taken over.
+  window.voila_heartbeat = () => {};
+  window.voila_process = (cell, cells) => {
+    progress.max = cells;
+    progress.value = cell;
+    say(`Running cell ${Math.min(cell + 1, cells)} of ${cells} …`);
+  };
+  window.update_loading_text = (cell, cells, sentence) => (sentence ? say(sentence) : window.voila_process(cell, cells));
+  window.display_cells = () => {};
+  window.voila_finish = () => {
+    progress.removeAttribute("value");
+    const outputs = [...document.querySelectorAll('script[type="application/vnd.voila.cell-output+json"]')];
+    const widgets = outputs.some((output) => output.textContent.includes("application/vnd.jupyter.widget-view+json"));
+    if (document.querySelector(".wb-error") || !outputs.length) return done();
+    say("Drawing …");
+    whenDrawn(widgets ? ".jupyter-widgets" : ".jp-OutputArea-output", done);
+  };
+
+  const whenDrawn = (selector, then) => {
+    const drawn = () => document.querySelector(`#rendered_cells ${selector}`);
+    if (drawn()) return then();
+    const watch = new MutationObserver(() => { if (drawn()) { watch.disconnect(); then(); } });
+    watch.observe(document.getElementById("rendered_cells"), { childList: true, subtree: true });
+  };
+
+  // A kernel ends when its page was asleep for long, or the server was stopped: sliders would then move nothing.
+  const kernelIsThere = async () => {
+    const { baseUrl, kernelId } = JSON.parse(document.getElementById("jupyter-config-data").textContent);
+    try {
+      return (await fetch(`${baseUrl}api/kernels/${kernelId}`, { cache: "no-store" })).status !== 404;
+    } catch {
+      return false;
+    }
+  };
+  const check = async () => {
+    if (document.body.dataset.ready !== "true" || document.hidden || (await kernelIsThere())) return;
+    say("This page's kernel has ended, so its sliders no longer measure. Reload the page to start again.");
+    status.classList.add("wb-stopped");
+    clearInterval(timer);
+  };
+  const timer = setInterval(check, 20000);
+  document.addEventListener("visibilitychange", check);
+})();
