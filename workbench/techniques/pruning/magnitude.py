@@ -101,7 +101,7 @@ def _layer_ranks(model: nn.Module, scope: str) -> dict[str, Tensor]:
         raise ValueError(f"MagnitudePruning found no linear or convolution layer in {kind}: there is nothing to prune.")
     weights = {}
     for name, layer in layers:
-        weights.setdefault(id(_stored(layer)), _finite(name, layer.weight.detach()))
+        weights.setdefault(id(_stored(layer)), finite_weight(name, layer.weight.detach()))
     if scope == "global":
         together = _without_empty_layers(magnitude_ranks(list(weights.values())))
         ranks = dict(zip(weights, together, strict=True))
@@ -125,7 +125,8 @@ def _stored(layer: nn.Module) -> Tensor:
     return layer.parametrizations.weight.original if weight_parametrizations(layer) else layer.weight
 
 
-def _finite(name: str, weight: Tensor) -> Tensor:
+def finite_weight(name: str, weight: Tensor) -> Tensor:
+    """Return the weight of layer `name`, or raise ValueError if it holds NaN or infinity."""
     if not torch.isfinite(weight).all():
         raise ValueError(f"The weight of layer {name!r} holds NaN or infinity; train or load the model again first.")
     return weight

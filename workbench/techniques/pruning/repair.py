@@ -35,6 +35,8 @@ def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
     `batches`: float tensors (B, C, H, W), each of at least two images. After a cut the statistics of the full
     network no longer fit the smaller one. Source: Li et al., 2020 (EagleEye), arXiv:2007.02491.
     """
+    if not batches:
+        return model.eval()
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -42,7 +44,7 @@ def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
         norm.momentum = None  # a plain average over the batches
         norm.train()
     with torch.no_grad():
-        for batch in batches if norms else ():
+        for batch in batches:
             model(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
