@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from workbench.surgery import clone
+
 MEASURING = threading.RLock()  # one measurement at a time: two would slow each other down, and the figures with them
 
 
@@ -95,6 +97,7 @@ class Runtime:
         here, why_not = self.available()
         if not here:
             raise RuntimeFailed(f"The runtime {self.name} cannot be used: {why_not}.")
+        model = clone(model)  # in eval mode: a model in training would update its statistics and drop values
         _check(model, example, threads)
         try:
             with MEASURING, _quiet(), torch.inference_mode():

@@ -1,0 +1,239 @@
+"""Per-call times of several prepared models, taken in turns, and what may be said about their ratio."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from workbench.runtimes import Prepared, threads
+
+ROUNDS = 20
+BLOCK_MS = 12  # short, so that a panel can stop between two blocks, and a drift of the machine reaches everyone alike
+WARM_UP_MS = 100
+FLOOR = 0.03  # no smaller difference is claimed, however narrow the interval: where weights lie in memory makes as much
+NOISY_FLOOR = 0.1
+RESAMPLES = 2000
+_RUNS = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Times of single calls, in milliseconds, in the order they were taken; one inner tuple for each round."""
+
+    rounds: tuple[tuple[float, ...], ...]
+    runtime: str
+    precision: str
+    batch: int
+    threads: int
+    run: int  # rounds of one run were taken in turns, and can be paired
+
+    @cached_property
+    def samples_ms(self) -> np.ndarray:
+        return np.concatenate([np.empty(0), *map(np.asarray, self.rounds)])
+
+    @property
+    def calls(self) -> int:
+        return len(self.samples_ms)
+
+    @property
+    def median_ms(self) -> float:
+        return self._percentile(50)
+
+    @property
+    def p25_ms(self) -> float:
+        return self._percentile(25)
+
+    @property
+    def p75_ms(self) -> float:
+        return self._percentile(75)
+
+    @property
+    def p90_ms(self) -> float | None:
+        """The 90th percentile, or None below 100 calls, which are too few to know it."""
+        return self._percentile(90) if self.calls >= 100 else None
+
+    @property
+    def images_per_second(self) -> float:
+        return 1000 * self.batch / self.median_ms
+
+    @property
+    def noisy(self) -> bool:
+        """True when the medians of the first and the second half differ by more than a tenth."""
+        if self.calls < 4:
+            return False
+        first, second = (float(np.median(half)) for half in np.array_split(self.samples_ms, 2))
+        return abs(first - second) > 0.1 * min(first, second)
+
+    def _percentile(self, percent: float) -> float:
+        return float(np.percentile(self.samples_ms, percent)) if self.calls else math.nan
+
+    def to_dict(self) -> dict:
+        """Return the figures as JSON can hold them."""
+        names = (
+            "runtime",
+            "precision",
+            "batch",
+            "threads",
+            "calls",
+            "median_ms",
+            "p25_ms",
+            "p75_ms",
+            "p90_ms",
+            "noisy",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def __str__(self) -> str:
+        noisy = ", noisy" if self.noisy else ""
+        return f"{self.median_ms:.3g} ms ({self.p25_ms:.3g}–{self.p75_ms:.3g}, {self.calls} calls{noisy})"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster than the baseline, with its 95 % interval; below 1 is slower.
+
+    `floor` is the smallest difference that the measurement could claim.
+    """
+
+    value: float
+    interval: tuple[float, float]
+    floor: float = FLOOR
+
+    @property
+    def distinguishable(self) -> bool:
+        """False when the interval contains 1 or the difference is below the floor, faster and slower alike."""
+        low, high = self.interval
+        return not low <= 1 <= high and abs(math.log(self.value)) >= math.log1p(self.floor)
+
+    def to_dict(self) -> dict:
+        return {"value": self.value, "interval": list(self.interval), "distinguishable": self.distinguishable}
+
+    def __str__(self) -> str:
+        if math.isnan(self.value) or not self.distinguishable:
+            return "not distinguishable"
+        low, high = self.interval
+        if self.value > 1:
+            return f"{times(self.value)} faster ({_plain(low)}–{_plain(high)})"
+        return f"{times(1 / self.value)} slower ({_plain(1 / high)}–{_plain(1 / low)})"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 1.995 else f"{value:.2f}"
+
+
+def times(value: float) -> str:
+    """Write a factor with the digits it deserves: 1.34×, 2.8×, 140×."""
+    return f"{_plain(value)}×"
+
+
+def measure(
+    prepared: Sequence[Prepared], calls: int = 100, budget_s: float | None = None, seed: int = 0
+) -> Iterator[list[Latency]]:
+    """Time every model in turns, A B B A …, and yield all latencies so far after each block of calls.
+
+    Ends after `calls` calls of each, or after the first full round past `budget_s` seconds. Between two blocks the
+    number of threads and the garbage collector are as they were, so the caller may draw, or close the generator.
+    """
+    if not prepared or calls < 1:
+        raise ValueError("measure needs at least one prepared model and one call.")
+    run, rounds, warm = next(_RUNS), [[] for _ in prepared], []
+    for one in prepared:
+        warm.append(_warm_up(one))
+        yield _snapshot(prepared, rounds, run)
+    size = max(1, min(math.ceil(calls / ROUNDS), int(BLOCK_MS / max(warm))))  # one for all: equal calls, paired rounds
+    start, rng = time.perf_counter(), np.random.default_rng(seed)
+    for _ in range(math.ceil(calls / size)):
+        for i in rng.permutation(len(prepared)):
+            rounds[i].append(_block(prepared[i], size, refresh=warm[i] < BLOCK_MS / 2))
+            yield _snapshot(prepared, rounds, run)
+        if budget_s is not None and time.perf_counter() - start > budget_s:
+            return
+
+
+def latencies(prepared: Sequence[Prepared], calls: int = 100, budget_s: float | None = None) -> list[Latency]:
+    """Time several models in turns and return one latency each; see `measure`."""
+    results = []
+    for results in measure(prepared, calls, budget_s):  # noqa: B007
+        pass
+    return results
+
+
+def latency(prepared: Prepared, calls: int = 100, budget_s: float | None = None) -> Latency:
+    """Time one model by itself; to compare two, time them together with `latencies`."""
+    return latencies([prepared], calls, budget_s)[0]
+
+
+def compare(latency: Latency, baseline: Latency, seed: int = 0) -> Ratio:
+    """Return how many times faster `latency` is than `baseline`, both taken in one run of `measure`.
+
+    The value is the median over rounds of baseline time by own time; the interval comes from resampling rounds
+    (percentile bootstrap; Efron, 1979, doi:10.1214/aos/1176344552). Raises ValueError for separate runs.
+    """
+    if latency.run != baseline.run:
+        raise ValueError("These latencies come from separate runs; measure both in one call of latencies([...]).")
+    count = min(len(latency.rounds), len(baseline.rounds))
+    if not count:
+        return Ratio(math.nan, (0.0, math.inf))
+    own, base = (np.array([np.median(taken) for taken in one.rounds[:count]]) for one in (latency, baseline))
+    ratios = base / own
+    picks = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+    low, high = np.percentile(np.median(ratios[picks], axis=1), (2.5, 97.5))
+    if count < 6 or not _halves_agree(ratios):  # below six rounds, all on one side of 1 is no 95 % proof: 2 / 2^5 > 5 %
+        low, high = min(low, 1.0), max(high, 1.0)
+    floor = NOISY_FLOOR if latency.noisy or baseline.noisy else FLOOR
+    return Ratio(float(np.median(ratios)), (float(low), float(high)), floor)
+
+
+def _halves_agree(ratios: np.ndarray) -> bool:
+    first, second = (np.median(half) for half in np.array_split(ratios, 2))
+    return bool((first > 1) == (second > 1))
+
+
+@contextlib.contextmanager
+def _undisturbed(count: int) -> Iterator[None]:
+    """Hold the measuring lock, the number of threads and the garbage collector for the length of the block."""
+    with threads(count):
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collecting:
+                gc.enable()
+
+
+def _warm_up(prepared: Prepared) -> float:
+    """Run until two neighboring groups of calls agree or time is up; return the quickest group, in ms for a call."""
+    with _undisturbed(prepared.threads):
+        start, groups = time.perf_counter(), [_group(prepared)]
+        while (time.perf_counter() - start) * 1000 < WARM_UP_MS:
+            groups.append(_group(prepared))
+            if abs(groups[-1] - groups[-2]) < 0.05 * groups[-1]:
+                break
+    return max(min(groups), 1e-6)
+
+
+def _group(prepared: Prepared, size: int = 3) -> float:
+    return float(np.median([prepared.timed() for _ in range(size)]))
+
+
+def _block(prepared: Prepared, size: int, refresh: bool) -> tuple[float, ...]:
+    with _undisturbed(prepared.threads):
+        if refresh:
+            prepared.run()  # the model before it has left its own weights in the cache
+        return tuple(prepared.timed() for _ in range(size))
+
+
+def _snapshot(prepared: Sequence[Prepared], rounds: list[list], run: int) -> list[Latency]:
+    return [
+        Latency(tuple(done), one.runtime, one.precision, one.batch, one.threads, run)
+        for one, done in zip(prepared, rounds, strict=True)
+    ]
