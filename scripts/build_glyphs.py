@@ -223,7 +223,7 @@ def sound(images: np.ndarray) -> str:
         return "lower case repeats upper case"
     alike = np.triu(u[:47] @ u[:47].T > 0.995, 1)
     allowed = {frozenset(p) for p in ("0O", "1I", "6b", "9q", "5S", "9g", "nU", "2Z", "8B")}
-    pairs = [frozenset((CLASSES[i], CLASSES[j])) for i, j in zip(*np.nonzero(alike))]
+    pairs = [frozenset((CLASSES[i], CLASSES[j])) for i, j in np.argwhere(alike)]
     return "two classes with one drawing" if any(p not in allowed for p in pairs) else ""
 
 
@@ -254,7 +254,7 @@ def twins(stack: np.ndarray, names: list[str]) -> tuple[list[int], list[int]]:
 
 
 def split_groups(groups: list[int]) -> list[str]:
-    """ "train", "val" or "test" for each family: whole groups, shuffled, until 10 % and 20 % of families are reached."""
+    """The split of each family: whole groups, shuffled, fill test and val up to 20 % and 10 % of families."""
     members = defaultdict(list)
     for i, group in enumerate(groups):
         members[group].append(i)
@@ -334,7 +334,51 @@ def build(folder: Path, log=print) -> None:
     (DATA / "glyphs.npy.xz").write_bytes(payload)
     rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in chosen)
     (DATA / "glyphs.json").write_text(f'{{"classes": {json.dumps(CLASSES)},\n"families": [\n{rows}\n]}}\n')
+    write_readme(chosen, len(payload))
     log(f"{len(chosen)} families, {len(chosen) * 47} images, {len(payload)} bytes")
+
+
+def family_list(rows: list[dict]) -> str:
+    """A Markdown table with one row a package and licence; validation families in italics, test families in bold."""
+    mark = {"train": "{}", "val": "*{}*", "test": "**{}**"}
+    cells = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["name"].lower()):
+        cells[row["package"], row["license"]].append(mark[row["split"]].format(row["name"].replace("|", " ")))
+    lines = [f"| {package} | {license} | {', '.join(names)} |" for (package, license), names in sorted(cells.items())]
+    return "\n".join(["| Debian package | licence | families |", "| --- | --- | --- |", *lines])
+
+
+def write_readme(rows: list[dict], size: int) -> None:
+    """Replace the parts of data/README.md between the markers; the rest of the file is written by hand."""
+    path = DATA / "README.md"
+    count = {split: sum(row["split"] == split for row in rows) for split in ("train", "val", "test")}
+    figures = (
+        f"{len(rows)} families ({count['train']} train, {count['val']} val, {count['test']} test), "
+        f"{len(rows) * len(CLASSES):,} images, {size:,} bytes."
+    )
+    text = path.read_text(encoding="utf-8")
+    for key, new in (("figures", figures), ("families", family_list(rows))):
+        begin, end = f"<!-- glyphs {key} -->\n", f"\n<!-- /glyphs {key} -->"
+        text = text[: text.index(begin) + len(begin)] + new + text[text.index(end) :]
+    path.write_text(text, encoding="utf-8")
+
+
+# ---------------------------------------------------------------- fetching
+
+
+def download(folder: Path) -> None:
+    """Fetch the packages with apt-get into FOLDER and unpack the fonts and copyright files of each beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = subprocess.run(["apt-cache", "pkgnames"], check=True, capture_output=True, text=True).stdout.split()
+    subprocess.run(["apt-get", "download", *sorted(filter(wanted, names))], cwd=folder, check=True)
+    for package in sorted(folder.glob("*.deb")):
+        target = folder / package.name.split("_")[0]
+        target.mkdir(exist_ok=True)
+        content = subprocess.run(["dpkg", "--fsys-tarfile", package], check=True, capture_output=True).stdout
+        patterns = ["*.ttf", "*.otf", "*.ttc", "*.TTF", "*.OTF", "*/copyright"]
+        # tar complains about patterns that match nothing, which is the rule here
+        subprocess.run(["tar", "-x", "-C", target, "--wildcards", *patterns], input=content, stderr=subprocess.DEVNULL)
+        package.unlink()
 
 
 if __name__ == "__main__":
@@ -342,4 +386,4 @@ if __name__ == "__main__":
     parser.add_argument("step", choices=["download", "build"])
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
-    {"build": build}[arguments.step](arguments.folder)
+    {"download": download, "build": build}[arguments.step](arguments.folder)
