@@ -1,2 +1,211 @@
-def add_commands(commands, argv):
-    pass
+"""`workbench train`, `compress`, `profile` and `sweep`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from workbench.cli.choosing import (
+    add_settings,
+    architecture_of,
+    chosen,
+    data_for,
+    model_named,
+    technique_in,
+    technique_named,
+    value_of,
+)
+from workbench.cli.progress import Progress
+
+RUNS = Path("runs")  # where an interrupted training leaves its checkpoint and its best weights
+
+
+def add_commands(commands, argv: list[str]) -> None:
+    """Declare the four commands; the technique that `argv` names adds its settings as flags to the one called."""
+    adders = {"train": _add_train, "compress": _add_compress, "profile": _add_profile, "sweep": _add_sweep}
+    called = next((word for word in argv if word in adders), None)
+    for name, add in adders.items():
+        parser = add(commands)
+        technique = technique_in(argv[argv.index(name) + 1 :]) if name == called and name != "train" else None
+        if technique is not None:
+            add_settings(parser, technique)
+
+
+def _add_train(commands):
+    parser = commands.add_parser("train", help="train a model of the workbench", allow_abbrev=False)
+    parser.add_argument("name", metavar="MODEL", help="glyphs-cnn, lenet-300-100 or lenet-5")
+    parser.add_argument("--epochs", type=_at_least_one, help="passes through the training images")
+    parser.add_argument("--learning-rate", type=float, help="the peak of the one-cycle schedule")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", help="train on other images than the model's own, such as folder:PATH")
+    parser.add_argument("--resume", action="store_true", help=f"go on from the last checkpoint in {RUNS}/")
+    parser.add_argument("-o", "--output", type=Path, help="where the weights go (default: where load_model finds them)")
+    parser.set_defaults(run=run_train)
+    return parser
+
+
+def _add_compress(commands):
+    parser = commands.add_parser("compress", help="compress a model into one file", allow_abbrev=False)
+    parser.add_argument("model", metavar="MODEL", help="a model's name, or a .wb file")
+    parser.add_argument("technique", metavar="TECHNIQUE", type=technique_named, help="such as low-rank")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the file to write, such as small.wb")
+    parser.add_argument("--data", help="images for calibration and training (default: the model's own)")
+    parser.set_defaults(run=run_compress)
+    return parser
+
+
+def _add_profile(commands):
+    parser = commands.add_parser("profile", help="measure size, accuracy and latency", allow_abbrev=False)
+    parser.add_argument("model", metavar="MODEL", help="a model's name, or a .wb file")
+    parser.add_argument("--technique", type=technique_named, help="compress first; its settings are flags too")
+    parser.add_argument("--baseline", help="compare with this model (default: the one that it was made from)")
+    parser.add_argument("--data", help="images to count accuracy on (default: the model's own)")
+    parser.add_argument("--batch", type=_at_least_one, default=1, help="images at once (default 1)")
+    parser.add_argument("--runtime", action="append", help="measure on this runtime only; may be repeated")
+    parser.add_argument("--json", type=Path, help="write all figures to this file too")
+    parser.set_defaults(run=run_profile)
+    return parser
+
+
+def _add_sweep(commands):
+    parser = commands.add_parser("sweep", help="measure one setting at several values", allow_abbrev=False)
+    parser.add_argument("model", metavar="MODEL", help="a model's name, or a .wb file")
+    parser.add_argument("technique", metavar="TECHNIQUE", type=technique_named, help="such as low-rank")
+    parser.add_argument("--values", required=True, metavar="SETTING=A,B,…", help="such as rank=0.1,0.2,0.5")
+    parser.add_argument("--data", help="images to count accuracy on (default: the model's own)")
+    parser.add_argument("--json", type=Path, help="write the records to this file too")
+    parser.set_defaults(run=run_sweep)
+    return parser
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def run_train(args) -> None:
+    """Train a model and keep its weights; an interrupted training keeps its best so far and can go on."""
+    from workbench.models import build, save_weights, weights_path
+    from workbench.training import evaluate
+
+    model = build(args.name, seed=args.seed)
+    data = data_for(model, args.data)
+    checkpoint = RUNS / f"{args.name}.checkpoint.safetensors"
+    finished = _train(args, model, data, checkpoint)
+    test = evaluate(model, data.test)
+    target = (args.output or weights_path(args.name)) if finished else RUNS / f"{args.name}.safetensors"
+    note = {"data": data.name, "seed": args.seed, "test": [test.correct, test.total], "finished": finished}
+    save_weights(model, target, note)
+    if finished:
+        checkpoint.unlink(missing_ok=True)
+    print(f"{args.name}: {test} never trained on. Weights: {target}")
+    if not finished:
+        print(f"Stopped early; these are the best so far. Go on with `workbench train {args.name} --resume`.")
+
+
+def _train(args, model, data, checkpoint: Path) -> bool:
+    """Run the training with a progress bar; True when it came to its end."""
+    from workbench.training import fit
+
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        checkpoint.unlink(missing_ok=True)
+    wishes = {"epochs": args.epochs, "learning_rate": args.learning_rate}
+    given = {key: value for key, value in wishes.items() if value is not None}
+    steps = fit(model, data, seed=args.seed, checkpoint=checkpoint, **given)
+    with Progress(args.name) as watch:
+        for step in steps:
+            if not watch(step):
+                steps.close()
+                return False
+    return True
+
+
+def run_compress(args) -> None:
+    """Compress a model and write it as one file."""
+    from workbench.artifact import encode, save
+
+    model, name = model_named(args.model)
+    technique = chosen(args, args.technique)
+    small = _compressed(technique, model, data_for(model, args.data))
+    before, after = len(encode(model)), save(small, args.output)
+    print(f"{name}, {technique}: {before:,} → {after:,} bytes, {before / after:.1f} times smaller. File: {args.output}")
+
+
+def _compressed(technique, model, data):
+    """Return the shipped result for these settings where there is one, else compress now, training in sight."""
+    recalled = technique.recall(model)
+    if recalled is not None:
+        return recalled
+    with Progress(type(technique).title()) as watch:
+        return technique.compress(model, data, watch)
+
+
+def run_profile(args) -> None:
+    """Measure a model beside its baseline and print a table and what it says in words."""
+    from workbench.profiler import profile
+
+    model, _ = model_named(args.model)
+    data = data_for(model, args.data)
+    baseline = _baseline(args, model)
+    if args.technique is not None:
+        baseline = baseline if args.baseline else model
+        model = _compressed(chosen(args, args.technique), model, data)
+    measured = profile(model, data, baseline=baseline, runtimes=_runtimes(args.runtime), batch=args.batch)
+    print(measured.table())
+    print(*measured.sentences(), sep="\n")
+    if args.json:
+        args.json.write_text(json.dumps(measured.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _baseline(args, model):
+    """Return the model to compare with: the one named, else the shipped one that a file was made from."""
+    from workbench.models import MODELS
+
+    if args.baseline:
+        return model_named(args.baseline)[0]
+    name = architecture_of(model)
+    return model_named(name)[0] if name in MODELS and args.model != name else None
+
+
+def _runtimes(names: list[str] | None):
+    """Return the runtimes called `names`, or None for all; raise ValueError for an unknown one."""
+    from workbench.runtimes import RUNTIMES
+
+    known = {runtime.name: runtime for runtime in RUNTIMES}
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"There is no runtime {name!r}; choose from {', '.join(known)}.")
+    return [known[name] for name in names] if names else None
+
+
+def run_sweep(args) -> None:
+    """Measure the technique at each of the values and print one line for each."""
+    from workbench.records import sweep
+
+    model, _ = model_named(args.model)
+    records = sweep(swept(args), model, data_for(model, args.data))
+    for record in records:
+        print(record)
+    if args.json:
+        rows = [record.to_dict() for record in records]
+        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+def swept(args) -> list:
+    """Return one technique for each value in `--values rank=0.1,0.2`; the other settings come from their flags."""
+    name, equals, values = args.values.partition("=")
+    knobs = {knob.name: knob for knob in args.technique.settings()}
+    name = name.strip().replace("-", "_")
+    if not equals or name not in knobs:
+        raise ValueError(
+            f"--values takes SETTING=A,B,… with one of the settings {', '.join(knobs)}; got {args.values!r}."
+        )
+    try:
+        numbers = [value_of(knobs[name], text.strip()) for text in values.split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(str(error)) from None
+    base = {knob: getattr(args, knob) for knob in knobs}
+    return [args.technique(**{**base, name: value}) for value in numbers]

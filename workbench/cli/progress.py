@@ -1,0 +1,42 @@
+"""A progress bar over training steps, and a Ctrl-C that keeps what was learned."""
+
+from __future__ import annotations
+
+import signal
+
+
+class Progress:
+    """Watch a training: draw each `Step`, and answer False once Ctrl-C was pressed; a second one interrupts for good.
+
+    Use it as `with Progress("lenet-5") as watch: technique.compress(model, data, watch)`.
+    """
+
+    def __init__(self, title: str):
+        self.title, self.bar, self.stopped, self.best = title, None, False, None
+
+    def __enter__(self) -> Progress:
+        self._before = signal.signal(signal.SIGINT, self._stop)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGINT, self._before)
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, step) -> bool:
+        """Draw one step; return False when the training should end."""
+        if self.bar is None:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=step.steps, initial=step.step, unit="step", desc=self.title, dynamic_ncols=True)
+        if step.accuracy is not None and (self.best is None or step.accuracy.value >= self.best.value):
+            self.best = step.accuracy
+        self.bar.n = step.step
+        best = f"best {self.best.percent:.2f} %" if self.best else ""
+        self.bar.set_postfix_str(", ".join(filter(None, [f"loss {step.loss:.3f}", best])))
+        return not self.stopped
+
+    def _stop(self, *_) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
