@@ -80,16 +80,20 @@ def trace_channels(model: nn.Module, example) -> ChannelTrace:
             follower.run(*inputs)
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-        raise TracingError(f"{type(model).__name__} does not run on the example of shape {shapes}: {error}") from error
+        reason = str(error).split("\n")[0]
+        raise TracingError(
+            f"{type(model).__name__} does not run on an example of shape {shapes}: {reason}. "
+            "Pass an example batch of the shape that the model takes."
+        ) from error
     groups, broken = _prove(model, _collect(follower.slots, names), inputs)
     return ChannelTrace(tuple(groups), {**_skipped(copy, follower.slots, names), **broken})
 
 
 def _inputs_like(model: nn.Module, example) -> tuple[Tensor, ...]:
-    """Return the first item of each example batch, on the model's device and in its precision."""
+    """Return the first items of each example batch, on the model's device and in its precision."""
     inputs = example if isinstance(example, (tuple, list)) else (example,)
     first = next(model.parameters(), torch.empty(0))
-    return tuple(x[:1].to(first.device, first.dtype if x.is_floating_point() else x.dtype) for x in inputs)
+    return tuple(x[:2].to(first.device, first.dtype if x.is_floating_point() else x.dtype) for x in inputs)
 
 
 def _collect(slots: list[Slot], names: ChannelNames) -> list[ChannelGroup]:
