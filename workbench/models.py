@@ -32,7 +32,7 @@ MODELS = {
     "lenet-5": ModelInfo("LeNet-5 (Caffe)", "mnist", 10, "Jia et al., 2014, arXiv:1408.5093"),
 }
 
-GLYPHS_CHANNELS = ((32, 2), (64, 1), (64, 1), (128, 1), (128, 1), (128, 2), (128, 1))
+GLYPHS_CHANNELS = ((32, 2), (64, 1), (128, 1), (128, 2), (128, 1), (128, 1))  # outputs, stride
 
 
 def _scaled(channels: int, width: float) -> int:
@@ -46,7 +46,7 @@ def _convolution(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 class GlyphsCNN(nn.Module):
-    """Seven 3×3 convolutions, global average pooling and one linear layer: (N, 1, 28, 28) -> (N, classes)."""
+    """Six 3×3 convolutions, global average pooling and one linear layer: (N, 1, 28, 28) -> (N, classes)."""
 
     def __init__(self, width: float = 1.0, classes: int = 47):
         super().__init__()

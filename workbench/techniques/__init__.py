@@ -1,1 +1,10 @@
-"""One file a technique, grouped by family."""
+"""One file a technique, grouped by family; `TECHNIQUES` lists them in the order of the notebooks."""
+
+from workbench.techniques.distillation import Distillation
+from workbench.techniques.low_rank import LowRank
+from workbench.techniques.pruning import ChannelPruning, MagnitudePruning
+from workbench.techniques.quantization import Quantization
+
+TECHNIQUES = (LowRank, MagnitudePruning, ChannelPruning, Quantization, Distillation)
+
+__all__ = ["TECHNIQUES", "ChannelPruning", "Distillation", "LowRank", "MagnitudePruning", "Quantization"]

@@ -1,0 +1,105 @@
+"""Knowledge distillation: a small student learns from the softened answers of a trained teacher.
+
+Idea: a teacher's wrong answers carry knowledge: an O looks more like a Q than like an M. Dividing the logits by a
+temperature T before the softmax makes these small probabilities visible; the student is trained to match them.
+
+Settings: `width`, the student's channels as part of the teacher's. `temperature` softens both answers.
+`soft_weight`, the part of the loss that comes from the teacher; the rest comes from the labels, so at 0 the student
+learns alone and is the control. `epochs` of training, and the `seed` of the student's first weights.
+
+When it helps: students clearly smaller than the teacher, little or noisy data, long training. The student is an
+ordinary dense model, so its file, its time and its memory all shrink, on every runtime.
+
+When it does not: a student that is nearly as large, or data that are plentiful and clean: then training the same
+student without a teacher does as well, which is why the control is shown beside it. It costs a training, not a
+second.
+
+Source: Hinton, Vinyals and Dean, 2015, arXiv:1503.02531.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from workbench.data import Data
+from workbench.models import build, fingerprint, load_weights, weights_path
+from workbench.surgery import clone
+from workbench.technique import Technique, setting
+from workbench.training import fit
+
+LEARNING_RATE = 4e-3
+
+
+@dataclass(frozen=True)
+class Distillation(Technique):
+    """Train a narrower student of the same kind on the teacher's softened answers."""
+
+    family: ClassVar[str] = "distillation"
+    source: ClassVar[str] = "Hinton et al., 2015, arXiv:1503.02531"
+    trains: ClassVar[bool] = True
+
+    width: float = setting(0.5, low=0.125, high=1.0, step=0.125, unit="of the teacher's channels", neutral=1.0)
+    temperature: float = setting(4.0, low=1.0, high=20.0, step=0.5)
+    soft_weight: float = setting(0.9, low=0.0, high=1.0, step=0.05, unit="of the loss")
+    epochs: int = setting(16, low=1, high=40, step=1, unit="epochs")
+    seed: int = setting(0, low=0, high=9, step=1)
+
+    def student(self, model: nn.Module) -> nn.Module:
+        """Return the untrained student for `model`; raises ValueError if the workbench does not know its kind."""
+        architecture = getattr(model, "architecture", None)
+        if architecture is None:
+            raise ValueError(
+                f"Distillation cannot build a narrower {type(model).__name__}: it knows the models of build(). "
+                "Train a student of your own with workbench.fit(student, data, epochs=…, teacher=model)."
+            )
+        width = self.width * architecture["width"]
+        return build(architecture["name"], width, architecture["classes"], seed=self.seed)
+
+    def compress(self, model, data=None, watch=None):
+        """Train a student on `data` and return it; at width 1, return a copy of the teacher.
+
+        Raises ValueError without training images. `watch(step)` returning False stops; the best student is returned.
+        """
+        if self.is_neutral:
+            return clone(model)
+        if not isinstance(data, Data):
+            raise ValueError("Distillation trains a student: pass a data set from load_data.")
+        student = self.student(model)
+        steps = fit(
+            student,
+            data,
+            epochs=self.epochs,
+            learning_rate=LEARNING_RATE,
+            seed=self.seed,
+            teacher=clone(model),
+            temperature=self.temperature,
+            soft_weight=self.soft_weight,
+            validations=4,
+        )
+        for step in steps:
+            if watch is not None and watch(step) is False:
+                steps.close()
+        return student.eval()
+
+    def shipped_path(self, model: nn.Module):
+        """Return where a student with these settings would lie among the shipped weights."""
+        suffix = f"student-{self.width:g}" if self.soft_weight else f"alone-{self.width:g}"
+        return weights_path(model.architecture["name"], suffix)
+
+    def recall(self, model):
+        """Return the shipped student of exactly this teacher with exactly these settings, or None."""
+        if self.is_neutral:
+            return clone(model)
+        if not hasattr(model, "architecture") or not self.shipped_path(model).is_file():
+            return None
+        from safetensors import safe_open
+
+        with safe_open(self.shipped_path(model), "pt") as file:
+            note = {key: json.loads(value) for key, value in file.metadata().items()}
+        if note["teacher"] != fingerprint(model) or note["settings"] != self.values():
+            return None
+        return load_weights(self.student(model), self.shipped_path(model))

@@ -1,0 +1,124 @@
+"""Post-training quantization: round weights, and the inputs of layers, to a few integer levels.
+
+Idea: a trained weight does not need 24 bits of precision. Map its range onto 2^bits integers with a scale and a
+zero point; store the integers, and where the runtime has integer kernels, compute with them too.
+
+Settings: `weight_bits`, bits of a stored weight. `activation_bits` 8 also rounds the input of each layer, which
+integer kernels need; 32 leaves it in fp32. `granularity` "channel" gives every output channel its own scale,
+"tensor" one to the layer. `scheme` "symmetric" puts the zero point at 0; "asymmetric" uses the range from the
+smallest to the largest. `calibration` chooses that range: the extremes (min-max), all but the outermost 0.1 %
+(percentile), or the range with the least squared error (mse); activations are observed on 512 training images.
+
+When it helps: 8 bits cost almost no accuracy, make the file four times smaller and, with activations in 8 bits too,
+run on integer kernels several times faster.
+
+When it does not: below 8 bits no kernel here computes with such weights, so the file shrinks and the time does not.
+Weights alone (activations in fp32) are computed in fp32. In eager mode the rounding is simulated, and slower than
+fp32. Below 4 bits accuracy falls quickly without retraining, with one scale a tensor even earlier.
+
+Source: Jacob et al., 2018, arXiv:1712.05877; Nagel et al., 2021, arXiv:2106.08295.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from workbench.surgery import clone, remembered, weighted_layers
+from workbench.technique import Technique, setting
+from workbench.techniques.quantization.calibration import (
+    METHODS,
+    input_range,
+    input_samples,
+    scale_and_zero,
+    value_range,
+)
+from workbench.weights import FakeQuantize, InputQuantizer, attach_input_quantizer, parametrize_weight
+
+CALIBRATION_IMAGES = 512
+
+
+def weight_quantizer(
+    weight: Tensor, bits: int, granularity: str = "channel", scheme: str = "symmetric", calibration: str = "min-max"
+) -> FakeQuantize:
+    """Return the quantizer of `weight` (channels, …) with `bits` from 2 to 8; the settings are those of the module."""
+    symmetric = scheme == "symmetric"
+    quant_max = 2 ** (bits - 1) - 1
+    quant_min = -quant_max if symmetric else -quant_max - 1
+    rows = weight.detach().float().reshape(len(weight) if granularity == "channel" else 1, -1)
+    low, high = value_range(rows, calibration, quant_min, quant_max, symmetric)
+    scale, zero = scale_and_zero(low, high, quant_min, quant_max, symmetric)
+    if granularity == "channel":
+        return FakeQuantize(scale, zero, bits, axis=0, symmetric=symmetric)
+    return FakeQuantize(scale[0], zero[0], bits, axis=None, symmetric=symmetric)
+
+
+@dataclass(frozen=True)
+class Quantization(Technique):
+    """Round weights to 2–8 bits and layer inputs to 8, without retraining."""
+
+    family: ClassVar[str] = "quantization"
+    source: ClassVar[str] = "Jacob et al., 2018, arXiv:1712.05877"
+
+    weight_bits: int = setting(8, low=2, high=8, step=1, unit="bits", neutral=32)
+    activation_bits: int = setting(
+        8, choices=(8, 32), unit="bits", neutral=32, help="8 rounds each layer's input too; 32 leaves it in fp32."
+    )
+    granularity: str = setting(
+        "channel", choices=("channel", "tensor"), help="One scale for each output channel, or one for the layer."
+    )
+    scheme: str = setting("symmetric", choices=("symmetric", "asymmetric"), help="Zero point at 0, or anywhere.")
+    calibration: str = setting("mse", choices=METHODS, help="How the range of each quantizer is chosen.")
+
+    def compress(self, model, data=None, watch=None):
+        """Return a copy with quantizers on weights and inputs.
+
+        `data` is a `Data` (calibration uses 512 of its training images) or a batch of images (N, C, H, W); it is
+        needed where activations are quantized. Raises ValueError without it, or where a weight is not finite.
+        """
+        small = clone(model)
+        if self.activation_bits == 8:
+            for name, quantizer in self._input_quantizers(model, data).items():
+                attach_input_quantizer(small.get_submodule(name), quantizer)
+        if self.weight_bits <= 8:
+            for name, layer in weighted_layers(small):
+                parametrize_weight(layer, self._weight_quantizer(model, name))
+        return small
+
+    def _weight_quantizer(self, model: nn.Module, name: str) -> FakeQuantize:
+        weight = model.get_submodule(name).weight.detach()
+        if not torch.isfinite(weight).all():
+            raise ValueError(
+                f"The weight of layer {name!r} holds NaN or infinity; train or load the model again first."
+            )
+        choice = (self.weight_bits, self.granularity, self.scheme, self.calibration)
+        found = remembered(model, ("weight range", name, choice), lambda: weight_quantizer(weight, *choice))
+        return clone(found)
+
+    def _input_quantizers(self, model: nn.Module, data) -> dict[str, InputQuantizer]:
+        """Return the input quantizer of each layer that ran on the calibration images."""
+        if data is None:
+            raise ValueError(
+                "Quantization needs images to see the range of activations: pass data, or a batch of images, "
+                "or set activation_bits=32 to quantize the weights alone."
+            )
+        if isinstance(data, Tensor):
+            ranges = self._input_ranges(input_samples(clone(model), data))
+        else:
+            key = (data.name, len(data.train))
+            samples = remembered(model, ("input samples", key), lambda: input_samples(clone(model), _images(data)))
+            ranges = remembered(model, ("input ranges", key, self.calibration), lambda: self._input_ranges(samples))
+        codes = {name: scale_and_zero(*low_high, 0, 255, symmetric=False) for name, low_high in ranges.items()}
+        return {name: InputQuantizer(*code) for name, code in codes.items()}
+
+    def _input_ranges(self, samples: dict) -> dict[str, tuple[Tensor, Tensor]]:
+        return {name: input_range(sample, self.calibration, 0, 255) for name, sample in samples.items()}
+
+
+def _images(data) -> Tensor:
+    """Return the training images that calibration looks at, (N, C, H, W), always the same ones."""
+    images, _ = data.train.take(CALIBRATION_IMAGES, seed=0).batch(slice(None))
+    return images
