@@ -54,12 +54,16 @@ def catalog(folder: Path) -> list[Card]:
     return cards
 
 
-def add_catalog(page_config: dict, *, settings: dict, notebook_path: str = "", **_: object) -> dict:
-    """Put the folder's cards into a page's configuration, where the templates find them (Voilà's page_config_hook)."""
+def prepare_page(page_config: dict, *, settings: dict, notebook_path: str = "", **_: object) -> dict:
+    """Put the folder's cards into a page's configuration, where the templates find them (Voilà's page_config_hook).
+
+    A Jupyter server names a MathJax on the internet; without one Voilà sets formulas with the copy that it carries.
+    """
     place = Path(settings["contents_manager"].root_dir, notebook_path or "")
     folder = place.parent if place.suffix == ".ipynb" else place
     page_config["workbench"] = {
         "notebooks": [asdict(card) for card in catalog(folder)],
         "current": place.name if place.suffix == ".ipynb" else "",
     }
+    page_config["fullMathjaxUrl"] = page_config["mathjaxConfig"] = None
     return page_config

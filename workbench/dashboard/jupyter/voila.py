@@ -1,13 +1,13 @@
 """Voilà's configuration for the workbench, read by `workbench dashboard` and, on Binder, by the Jupyter server."""
 
-from workbench.dashboard.catalog import add_catalog
+from workbench.dashboard.catalog import prepare_page
 
 c = get_config()  # noqa: F821  (Jupyter's loader defines it)
 
 c.Voila.log_level = "WARN"
 c.VoilaConfiguration.template = "workbench"
 c.VoilaConfiguration.theme = "light"
-c.VoilaConfiguration.page_config_hook = add_catalog
+c.VoilaConfiguration.page_config_hook = prepare_page
 c.VoilaConfiguration.show_tracebacks = True  # the page folds them below a sentence; an empty page explains nothing
 c.VoilaConfiguration.http_keep_alive_timeout = 5
 
