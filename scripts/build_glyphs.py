@@ -24,7 +24,7 @@ import re
 import subprocess
 import zlib
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +44,12 @@ SAME, SIMILAR = 0.95, 0.92  # mean correlation of two families' drawings
 SEED = 28
 
 PACKAGES = r"^(fonts-|ttf-bitstream-vera|texlive-fonts-extra$)"
-# Left out for their size or because they hold no Latin letters of their own.
+# Left out: packages that are large or hold no Latin letters of their own; and fonts-aenigma and fonts-pc, because 465
+# ornamental faces by one designer, and as many screen fonts, would outweigh everything else.
 NOT_PACKAGES = (
     r"noto-cjk|cns11643|noto-color|noto-ui|lxgw|ipamj|hanazono|babelstone-han|-web$|cwtex|arphic|yozvox"
     r"|umefont|ukij|icons|halflings|font-awesome|symbols|opensymbol|entypo|powerline|lohit|samyak|klee"
-    r"|kanjistroke|unifont|mathjax-extras|-doc|fonts-pc|texlive-fonts-extra-"
+    r"|kanjistroke|unifont|mathjax-extras|-doc|fonts-pc|fonts-aenigma|texlive-fonts-extra-"
 )
 
 LICENSES = (  # first match wins; looked for in the font's name table, then in the package's copyright file
@@ -70,7 +71,6 @@ LICENSES = (  # first match wins; looked for in the font's name table, then in t
     ("CC-BY", r"creative commons attribution|\bCC-BY\b"),
     ("Artistic", r"artistic licen[sc]e|License: Artistic"),
     ("ParaType", r"ParaType Ltd grants you the right to use, copy, modify"),
-    ("Aenigma", r"Yes, you can redistribute any of my fonts"),  # and their changes, see the package
     ("public domain", r"public[- ]domain"),
 )
 STYLE_WORDS = (
@@ -90,7 +90,7 @@ class Face:
     family: str
     penalty: tuple  # the smallest is the most regular, upright face
     license: str
-    glyphs: dict = field(default_factory=dict)
+    foreign: bool  # made for another script: its Latin letters are often borrowed
 
 
 def base_family(name: str) -> str:
@@ -128,7 +128,8 @@ def read_face(font: TTFont, path: Path, index: int, package: str, package_licens
         return None
     text = " ".join(filter(None, (name.getDebugName(i) for i in (13, 14, 0))))
     found = license_of(text, package_license)
-    family = base_family(str(name.getDebugName(16) or name.getDebugName(1) or path.stem))
+    named = str(name.getDebugName(16) or name.getDebugName(1) or "")
+    family = base_family(named if named.isprintable() and len(named) > 1 else path.stem)
     style = str(name.getDebugName(17) or name.getDebugName(2) or "")
     weight, width = getattr(os2, "usWeightClass", 400), getattr(os2, "usWidthClass", 5)
     slanted = bool(re.search(r"ital|obli|slant", style + path.stem, re.IGNORECASE))
@@ -142,7 +143,8 @@ def read_face(font: TTFont, path: Path, index: int, package: str, package_licens
         len(path.name),
         path.name,
     )
-    return Face(path, index, package, family, penalty, found) if found else None
+    foreign = sum(0x590 <= c < 0x1D00 or 0x2E80 <= c < 0xE000 for c in cmap) > 100
+    return Face(path, index, package, family, penalty, found, foreign) if found else None
 
 
 def open_fonts(path: Path) -> list[TTFont]:
@@ -152,7 +154,7 @@ def open_fonts(path: Path) -> list[TTFont]:
 
 
 def find_faces(folder: Path) -> list[Face]:
-    """One face per family name, packages and files in the order of their names."""
+    """One face per family name; those made for Latin first, so that of twins the original stays."""
     best: dict[str, Face] = {}
     for package in sorted(p for p in folder.iterdir() if wanted(p.name)):
         text = copyright_text(package)
@@ -166,7 +168,7 @@ def find_faces(folder: Path) -> list[Face]:
                 key = re.sub(r"\W", "", face.family.lower())
                 if key not in best or (face.package == best[key].package and face.penalty < best[key].penalty):
                     best[key] = face
-    return [best[key] for key in sorted(best)]
+    return sorted(best.values(), key=lambda face: (face.foreign, face.family.lower(), face.family))
 
 
 # ---------------------------------------------------------------- drawing
