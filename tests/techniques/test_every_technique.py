@@ -1,0 +1,100 @@
+"""What every technique promises: neutral changes nothing, both ends work, the model stays, the file is real."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import workbench as wb
+
+CASES = {
+    "LowRank": (wb.LowRank, {}, "rank"),
+    "MagnitudePruning": (wb.MagnitudePruning, {}, "sparsity"),
+    "ChannelPruning": (wb.ChannelPruning, {}, "sparsity"),
+    "Quantization": (wb.Quantization, {}, "weight_bits"),
+    "Distillation": (wb.Distillation, {"epochs": 1}, "width"),
+}
+REMOVES = {"sparsity"}  # settings whose high end compresses most
+
+
+@pytest.fixture(scope="module")
+def data():
+    """A few hundred glyphs: enough to calibrate, and one epoch of it lasts a second."""
+    glyphs = wb.load_data("glyphs")
+    return replace(glyphs, train=glyphs.train.take(600), val=glyphs.val.take(200), test=glyphs.test.take(200))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wb.load_model("glyphs-cnn")
+
+
+def ordered(case):
+    """Return the technique at the gentle end, in the middle and at the hard end of its main slider."""
+    kind, extra, main = CASES[case]
+    knob = next(k for k in kind.settings() if k.name == main)
+    positions = knob.positions()
+    three = [positions[0], positions[len(positions) // 2], positions[-1]]
+    return [kind(**extra, **{main: value}) for value in (three if main in REMOVES else reversed(three))]
+
+
+def test_every_technique_is_tested_here():
+    assert {kind for kind, _, _ in CASES.values()} == set(wb.TECHNIQUES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_neutral_changes_nothing(case, model, data):
+    same = CASES[case][0].neutral().compress(model, data)
+    images = data.example(8)
+    assert same is not model
+    assert torch.equal(same(images), model(images))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_input_model_is_untouched(case, model, data):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    names = [name for name, _ in model.named_modules()]
+    ordered(case)[1].compress(model, data)
+    assert [name for name, _ in model.named_modules()] == names
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not model.training
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_ends_run_and_the_file_shrinks_along_the_slider(case, model, data):
+    gentle, middle, hard = (technique.compress(model, data) for technique in ordered(case))
+    for small in (gentle, middle, hard):
+        assert torch.isfinite(small(data.example(4))).all()
+        assert not small.training
+    sizes = [len(wb.encode(m)) for m in (model, gentle, middle, hard)]
+    assert sizes[0] >= sizes[1] > sizes[2] > sizes[3]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_fresh_process_loads_the_file_and_answers_the_same(case, model, data, tmp_path):
+    small = ordered(case)[1].compress(model, data)
+    images = data.example(16)
+    wb.save(small, tmp_path / "small.wb")
+    torch.save({"images": images, "answers": small(images)}, tmp_path / "asked.pt")
+    code = (
+        "import sys, torch, workbench as wb\n"
+        "asked = torch.load(sys.argv[2], weights_only=True)\n"
+        "answers = wb.load(sys.argv[1])(asked['images'])\n"
+        "print(torch.equal(answers, asked['answers']), float((answers - asked['answers']).abs().max()))"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / "small.wb"), str(tmp_path / "asked.pt")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("True"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_settings_give_the_same_model(case, model, data):
+    technique = ordered(case)[1]
+    images = data.example(4)
+    assert torch.equal(technique.compress(model, data)(images), technique.compress(model, data)(images))

@@ -1,0 +1,78 @@
+"""Truncated SVD against torch's own answer, and its use on linear and convolution layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import workbench as wb
+from workbench.techniques.low_rank import truncated_svd
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_truncated_svd_is_the_best_approximation_in_the_frobenius_norm(rank):
+    weight = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
+    left, right = truncated_svd(weight, rank)
+    assert left.shape == (8, rank) and right.shape == (rank, 12)
+    error = torch.linalg.matrix_norm(weight - left @ right)
+    tail = torch.linalg.svdvals(weight)[rank:].square().sum().sqrt()  # Eckart and Young: the least error there is
+    assert torch.allclose(error, tail, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 9])
+def test_a_rank_that_cannot_be_is_refused(rank):
+    with pytest.raises(ValueError, match="a weight of 8×12 has ranks 1 to 8"):
+        truncated_svd(torch.randn(8, 12), rank)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(40, 30),
+        nn.Linear(40, 30, bias=False),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        nn.Conv2d(8, 16, (5, 3), padding="same", dilation=2, padding_mode="reflect", bias=False),
+        nn.Conv1d(8, 16, 5),
+    ],
+    ids=str,
+)
+def test_factors_of_a_low_rank_layer_compute_the_same(layer):
+    with torch.no_grad():  # make the weight exactly of rank 3, so that a fifth of full rank loses nothing
+        flat = layer.weight.flatten(1)
+        left, right = truncated_svd(flat, 3)
+        layer.weight.copy_((left @ right).view_as(layer.weight))
+    images = {nn.Linear: (4, 40), nn.Conv2d: (4, 8, 13, 11), nn.Conv1d: (4, 8, 21)}[type(layer)]
+    x = torch.randn(images)
+    small = wb.LowRank(rank=0.2).compress(nn.Sequential(layer))
+    assert isinstance(small[0], nn.Sequential) and len(small[0]) == 2
+    assert torch.allclose(small(x), layer(x), atol=1e-4)
+
+
+def test_the_spatial_kernel_stays_in_one_factor():
+    small = wb.LowRank(rank=0.25).compress(nn.Sequential(nn.Conv2d(16, 32, 3)))
+    assert [f.kernel_size for f in small[0]] == [(3, 3), (1, 1)]
+    assert [f.out_channels for f in small[0]] == [8, 32]
+
+
+def test_a_layer_that_would_grow_is_left_alone():
+    model = nn.Sequential(nn.Linear(10, 10), nn.Conv2d(8, 8, 3, groups=8))
+    small = wb.LowRank(rank=0.9).compress(model)
+    assert isinstance(small[0], nn.Linear) and isinstance(small[1], nn.Conv2d)
+
+
+def test_a_weight_with_nan_is_named():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="layer '0' holds NaN"):
+        wb.LowRank(rank=0.25).compress(model)
+
+
+def test_a_trained_weight_that_changes_is_decomposed_anew():
+    model = nn.Sequential(nn.Linear(20, 20))
+    first = wb.LowRank(rank=0.1).compress(model)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    second = wb.LowRank(rank=0.1).compress(model)
+    x = torch.randn(2, 20)
+    assert torch.allclose(second(x) - model[0].bias, 2 * (first(x) - model[0].bias), atol=1e-4)
