@@ -2,13 +2,20 @@
 
 from workbench.profiler.costs import LayerCost, layer_costs, peak_activation_bytes
 from workbench.profiler.environment import Environment, environment
+from workbench.profiler.profile import profile
+from workbench.profiler.report import Difference, Measures, Profile, Run, accuracy_difference
 from workbench.profiler.timing import Latency, Ratio, compare, latencies, latency, measure
 
 __all__ = [
+    "Difference",
     "Environment",
     "Latency",
     "LayerCost",
+    "Measures",
+    "Profile",
     "Ratio",
+    "Run",
+    "accuracy_difference",
     "compare",
     "environment",
     "latencies",
@@ -16,4 +23,5 @@ __all__ = [
     "layer_costs",
     "measure",
     "peak_activation_bytes",
+    "profile",
 ]

@@ -13,9 +13,11 @@ from functools import cached_property
 
 import numpy as np
 
+from workbench.profiler.units import plain, times
 from workbench.runtimes import Prepared, threads
 
 ROUNDS = 20
+FEWEST_ROUNDS = 6  # with five, all on one side of 1 is no 95 % proof: by chance alone it happens in 2 of 2**5 cases
 BLOCK_MS = 12  # short, so that a panel can stop between two blocks, and a drift of the machine reaches everyone alike
 WARM_UP_MS = 100
 FLOOR = 0.03  # no smaller difference is claimed, however narrow the interval: where weights lie in memory makes as much
@@ -121,17 +123,8 @@ class Ratio:
             return "not distinguishable"
         low, high = self.interval
         if self.value > 1:
-            return f"{times(self.value)} faster ({_plain(low)}–{_plain(high)})"
-        return f"{times(1 / self.value)} slower ({_plain(1 / high)}–{_plain(1 / low)})"
-
-
-def _plain(value: float) -> str:
-    return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 1.995 else f"{value:.2f}"
-
-
-def times(value: float) -> str:
-    """Write a factor with the digits it deserves: 1.34×, 2.8×, 140×."""
-    return f"{_plain(value)}×"
+            return f"{times(self.value)} faster ({plain(low)}–{plain(high)})"
+        return f"{times(1 / self.value)} slower ({plain(1 / high)}–{plain(1 / low)})"
 
 
 def measure(
@@ -139,8 +132,9 @@ def measure(
 ) -> Iterator[list[Latency]]:
     """Time every model in turns, A B B A …, and yield all latencies so far after each block of calls.
 
-    Ends after `calls` calls of each, or after the first full round past `budget_s` seconds. Between two blocks the
-    number of threads and the garbage collector are as they were, so the caller may draw, or close the generator.
+    Ends after `calls` calls of each, or after the first full round past `budget_s` seconds, six rounds at least.
+    Between two blocks the number of threads and the garbage collector are as they were, so the caller may draw, or
+    close the generator.
     """
     if not prepared or calls < 1:
         raise ValueError("measure needs at least one prepared model and one call.")
@@ -154,7 +148,7 @@ def measure(
         for i in rng.permutation(len(prepared)):
             rounds[i].append(_block(prepared[i], size, refresh=warm[i] < BLOCK_MS / 2))
             yield _snapshot(prepared, rounds, run)
-        if budget_s is not None and time.perf_counter() - start > budget_s:
+        if budget_s is not None and len(rounds[0]) >= FEWEST_ROUNDS and time.perf_counter() - start > budget_s:
             return
 
 
@@ -186,7 +180,7 @@ def compare(latency: Latency, baseline: Latency, seed: int = 0) -> Ratio:
     ratios = base / own
     picks = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
     low, high = np.percentile(np.median(ratios[picks], axis=1), (2.5, 97.5))
-    if count < 6 or not _halves_agree(ratios):  # below six rounds, all on one side of 1 is no 95 % proof: 2 / 2^5 > 5 %
+    if count < FEWEST_ROUNDS or not _halves_agree(ratios):
         low, high = min(low, 1.0), max(high, 1.0)
     floor = NOISY_FLOOR if latency.noisy or baseline.noisy else FLOOR
     return Ratio(float(np.median(ratios)), (float(low), float(high)), floor)

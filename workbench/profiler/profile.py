@@ -1,0 +1,173 @@
+"""Measure a compressed model beside its baseline: bytes, accuracy, multiply-adds, latency, throughput, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.artifact import ledger
+from workbench.data import Data
+from workbench.profiler.costs import LayerCost, layer_costs, peak_activation_bytes, peak_cuda_bytes
+from workbench.profiler.environment import environment
+from workbench.profiler.report import Measures, Profile, Run
+from workbench.profiler.timing import Latency, measure
+from workbench.runtimes import RUNTIMES, Prepared, Runtime, RuntimeFailed, runtime
+from workbench.surgery import clone
+from workbench.training import predictions
+from workbench.weights import sparsity
+
+Progress = Callable[[str, float], Any]
+BATCH_CALLS = 10  # of a large batch: each is long, and ten rounds carry an interval
+BATCH_BUDGET_S = 5.0
+
+
+@dataclass
+class _Contest:
+    """The models that one runtime runs: the compressed one and, where there is one, its baseline."""
+
+    runtime: Runtime
+    single: list[Prepared]
+    batch: list[Prepared]
+
+
+def profile(
+    model: nn.Module,
+    data: Data | Tensor | None = None,
+    baseline: nn.Module | None = None,
+    runtimes: Sequence[str | Runtime] | None = None,
+    batch: int = 1,
+    threads: int = 1,
+    split: str = "val",
+    calls: int = 100,
+    throughput_batch: int = 64,
+    watch: Progress | None = None,
+) -> Profile:
+    """Measure `model`, and `baseline` in turns with it, on every runtime of this machine or on those named.
+
+    `data` is a Data, or one example batch, float (B, C, H, W); accuracy is counted on `split` of a Data. Raises
+    ValueError for wrong arguments and RuntimeFailed if no runtime can run the models; `watch(message, fraction)`.
+    """
+    watch = watch or (lambda message, fraction: None)
+    chosen = _chosen(runtimes)
+    example, large = _example(data, batch), _example(data, throughput_batch)
+    models = [model] if baseline is None else [model, baseline]
+    hits = [_hits(one, data, split, watch, i / len(models)) for i, one in enumerate(models)]
+    watch("counting bytes and multiply-adds", 0.3)
+    measures = [_measures(one, example, right) for one, right in zip(models, hits, strict=True)]
+    contests, failed = _prepare_all(models, chosen, example, large, threads, watch)
+    if not contests:
+        raise RuntimeFailed(" ".join(["No runtime can run this model.", *failed.values()]))
+    single = _time([one.single for one in contests], calls, "timing single calls", 0.5, watch)
+    many = _time([one.batch for one in contests], BATCH_CALLS, "timing large batches", 0.75, watch, BATCH_BUDGET_S)
+    runs = [_run(*found) for found in zip(contests, single, many, strict=True)]
+    watch("done", 1.0)
+    return Profile(
+        model=measures[0],
+        baseline=measures[1] if baseline is not None else None,
+        runs=tuple(runs),
+        failed=failed,
+        split=split if isinstance(data, Data) else "",
+        environment=environment(),
+    )
+
+
+def _chosen(runtimes: Sequence[str | Runtime] | None) -> list[Runtime]:
+    if runtimes is None:
+        return list(RUNTIMES)
+    return [one if isinstance(one, Runtime) else runtime(one) for one in runtimes]
+
+
+def _example(data: Data | Tensor | None, batch: int) -> Tensor:
+    if batch < 1:
+        raise ValueError(f"A batch of {batch} images cannot be measured; take at least 1.")
+    if data is None:
+        raise ValueError(
+            "profile needs a Data or one example batch of images, float (B, C, H, W), to run the model on."
+        )
+    images = data if isinstance(data, Tensor) else data.example(min(batch, max(1, len(data.val))))
+    if not len(images):
+        raise ValueError("There is not one image to run the model on: the data set is empty.")
+    return images[torch.arange(batch) % len(images)].contiguous()
+
+
+def _hits(model, data, split: str, watch: Progress, done: float) -> Tensor | None:
+    """Return which images of the split are classified right, bool (N,), or None for a mere example."""
+    if not isinstance(data, Data):
+        return None
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"There is no split {split!r}; choose train, val or test.")
+    images, right, seen = getattr(data, split), [], 0
+    for predicted, labels in predictions(model, images):
+        right.append(predicted == labels)
+        seen += len(labels)
+        watch(f"counting right answers, {seen:,} of {len(images):,}", 0.3 * (done + 0.5 * seen / len(images)))
+    if not right:
+        raise ValueError(f"The {split} split has no images; accuracy cannot be counted on it.")
+    return torch.cat(right)
+
+
+def _measures(model: nn.Module, example: Tensor, hits: Tensor | None) -> Measures:
+    try:
+        layers: list[LayerCost] = layer_costs(model, example)
+    except Exception as error:
+        shape = tuple(example[:1].shape)
+        raise RuntimeFailed(f"The model fails on an input of shape {shape}: {error}") from error
+    account = ledger(model)
+    with torch.inference_mode():
+        finite = bool(torch.isfinite(clone(model)(example)).all())
+    return Measures(
+        size_bytes=account.total_bytes,
+        fp32_bytes=account.fp32_bytes,
+        parameters=sum(p.numel() for p in model.parameters()),
+        macs=sum(layer.macs for layer in layers),
+        sparsity=sparsity(model),
+        peak_activation_bytes=peak_activation_bytes(model, example),
+        layers=tuple(layers),
+        hits=hits,
+        finite=finite,
+    )
+
+
+def _prepare_all(models, chosen, example, large, threads, watch) -> tuple[list[_Contest], dict[str, str]]:
+    contests, failed = [], {}
+    for i, one in enumerate(chosen):
+        watch(f"preparing {one.name}", 0.35 + 0.15 * i / len(chosen))
+        here, why_not = one.available()
+        if not here:
+            failed[one.name] = f"{one.name}: {why_not}."
+            continue
+        try:
+            single = [one.prepare(model, example, threads) for model in models]
+            contests.append(_Contest(one, single, [one.prepare(model, large, threads) for model in models]))
+        except RuntimeFailed as error:
+            failed[one.name] = str(error)
+    return contests, failed
+
+
+def _time(groups, calls: int, message: str, done: float, watch: Progress, budget_s=None) -> list[list[Latency]]:
+    """Time all groups of prepared models in one run, in turns, and return the latencies grouped as they came."""
+    flat, results = [one for group in groups for one in group], []
+    for results in measure(flat, calls, budget_s):
+        watch(message, done + 0.25 * min(1.0, results[-1].calls / calls))
+    found = iter(results)
+    return [[next(found) for _ in group] for group in groups]
+
+
+def _run(contest: _Contest, single: list[Latency], many: list[Latency]) -> Run:
+    own = contest.single[0]
+    return Run(
+        runtime=own.runtime,
+        device=own.device,
+        note=own.note,
+        kernels=own.kernels,
+        difference=own.difference,
+        latency=single[0],
+        throughput=many[0],
+        baseline=single[1] if len(single) > 1 else None,
+        baseline_throughput=many[1] if len(many) > 1 else None,
+        peak_cuda_bytes=peak_cuda_bytes(own.run) if own.device == "cuda" else None,
+    )

@@ -1,0 +1,29 @@
+"""Numbers as a reader wants them: few digits, and the unit."""
+
+from __future__ import annotations
+
+import math
+
+
+def plain(value: float) -> str:
+    """Write a factor with the digits it deserves: 1.34, 2.8, 140."""
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 1.995 else f"{value:.2f}"
+
+
+def times(value: float) -> str:
+    """Write a factor with its sign: 2.8×."""
+    return f"{plain(value)}×"
+
+
+def size(count: float) -> str:
+    """Write a number of bytes with three digits: 412 kB, 2.18 MB."""
+    for unit, factor in (("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            value = count / factor
+            return f"{value:.{max(0, 2 - int(math.log10(value)))}f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def listed(names: list[str]) -> str:
+    """Join names as a sentence does: a, b and c."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
