@@ -371,7 +371,9 @@ def write_readme(rows: list[dict], size: int) -> None:
 def download(folder: Path) -> None:
     """Fetch the packages with apt-get into FOLDER and unpack the fonts and copyright files of each beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = subprocess.run(["apt-cache", "pkgnames"], check=True, capture_output=True, text=True).stdout.split()
+    search = ["apt-cache", "search", "--names-only", PACKAGES]
+    found = subprocess.run(search, check=True, capture_output=True, text=True).stdout.splitlines()
+    names = {line.split()[0] for line in found}
     subprocess.run(["apt-get", "download", *sorted(filter(wanted, names))], cwd=folder, check=True)
     for package in sorted(folder.glob("*.deb")):
         target = folder / package.name.split("_")[0]
