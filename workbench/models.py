@@ -23,13 +23,14 @@ class ModelInfo:
     title: str
     data: str
     classes: int
+    epochs: int
     source: str
 
 
 MODELS = {
-    "glyphs-cnn": ModelInfo("Glyphs CNN", "glyphs", 47, "VGG-like; Simonyan and Zisserman, 2015, arXiv:1409.1556"),
-    "lenet-300-100": ModelInfo("LeNet-300-100", "mnist", 10, "LeCun et al., 1998, doi:10.1109/5.726791"),
-    "lenet-5": ModelInfo("LeNet-5 (Caffe)", "mnist", 10, "Jia et al., 2014, arXiv:1408.5093"),
+    "glyphs-cnn": ModelInfo("Glyphs CNN", "glyphs", 47, 18, "VGG-like; Simonyan and Zisserman, 2015, arXiv:1409.1556"),
+    "lenet-300-100": ModelInfo("LeNet-300-100", "mnist", 10, 40, "LeCun et al., 1998, doi:10.1109/5.726791"),
+    "lenet-5": ModelInfo("LeNet-5 (Caffe)", "mnist", 10, 20, "Jia et al., 2014, arXiv:1408.5093"),
 }
 
 GLYPHS_CHANNELS = ((32, 2), (64, 1), (128, 1), (128, 2), (128, 1), (128, 1))  # outputs, stride
