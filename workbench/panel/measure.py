@@ -1,0 +1,190 @@
+"""What a panel knows about one setting, and the generators that find it out, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from workbench.artifact import ledger
+from workbench.profiler import Latency, layer_costs, measure
+from workbench.profiler.report import Difference, accuracy_difference
+from workbench.runtimes import Prepared, RuntimeFailed, available_runtimes, runtime
+from workbench.surgery import remembered, weighted_layers
+from workbench.technique import Technique
+from workbench.training import Accuracy, predictions
+
+CALLS, BUDGET_S = 100, 1.0
+OTHER = "other"  # norms, biases outside of layers, the file's header
+
+
+@dataclass
+class Timing:
+    """Latency of one point on one runtime, taken in turns with the baseline there and on the best fp32 runtime."""
+
+    runtime: str
+    precision: str  # what the kernels really compute in
+    note: str = ""
+    now: Latency | None = None
+    baseline: Latency | None = None
+    best: Latency | None = None
+    done: bool = False
+
+
+@dataclass
+class Point:
+    """One setting, and everything measured of it so far; the baseline is a point too."""
+
+    title: str
+    technique: Technique | None
+    model: nn.Module
+    size_bytes: int
+    parameters: int
+    macs: int
+    layer_bytes: dict[str, int]
+    layer_macs: dict[str, int]
+    layer_parameters: dict[str, int]
+    hits: Tensor | None = None  # bool (N,): which validation images are right, in order
+    exact: bool = False  # every validation image was looked at
+    timings: dict[str, Timing] = field(default_factory=dict)
+    test: Accuracy | None = None
+    test_hits: Tensor | None = None
+    steps: list = field(default_factory=list)  # of the training that made it
+    note: str = ""
+
+    @property
+    def accuracy(self) -> Accuracy | None:
+        return None if self.hits is None else Accuracy(int(self.hits.sum()), len(self.hits))
+
+
+# --- exact and cheap -----------------------------------------------------------------------------------------------
+
+
+def weigh(title: str, technique: Technique | None, model: nn.Module, example: Tensor, layers: list[str]) -> Point:
+    """Return the point with its exact bytes, parameters and multiply-adds, summed up per layer of the baseline."""
+    book = ledger(model)
+    costs = layer_costs(model, example)
+    layer_bytes, layer_macs, layer_parameters = ({name: 0 for name in [*layers, OTHER]} for _ in range(3))
+    for row in book.rows:
+        home = _home(row.name, layers)
+        layer_bytes[home] += row.weight_bytes + row.table_bytes + row.index_bytes
+        layer_parameters[home] += row.parameters
+    layer_bytes[OTHER] += book.total_bytes - sum(layer_bytes.values())
+    for cost in costs:
+        layer_macs[_home(cost.name, layers)] += cost.macs
+    macs = sum(layer_macs.values())
+    return Point(
+        title, technique, model, book.total_bytes, book.parameters, macs, layer_bytes, layer_macs, layer_parameters
+    )
+
+
+def _home(name: str, layers: list[str]) -> str:
+    """Return the baseline's layer that a tensor or a factor belongs to: "conv2.0.weight" -> "conv2"."""
+    inside = [layer for layer in layers if name == layer or name.startswith(layer + ".")]
+    return max(inside, key=len, default=OTHER)
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in weighted_layers(model)]
+
+
+# --- accuracy ------------------------------------------------------------------------------------------------------
+
+
+def score(point: Point, split) -> Iterator[None]:
+    """Count right answers batch by batch; `point.hits` grows, the same images first for every point."""
+    if point.exact:
+        return
+    hits = []
+    for predicted, labels in predictions(point.model, split):
+        hits.append(predicted == labels)
+        point.hits = torch.cat(hits)
+        yield
+    point.exact = True
+
+
+def difference(now: Tensor | None, baseline: Tensor | None) -> Difference | None:
+    """Compare two rows of hits image by image, as far as both have been counted."""
+    if now is None or baseline is None:
+        return None
+    n = min(len(now), len(baseline))
+    return accuracy_difference(now[:n], baseline[:n])
+
+
+def changed(now: Tensor, baseline: Tensor) -> tuple[int, int, int]:
+    """Return how many images became wrong, how many became right, and how many were compared."""
+    n = min(len(now), len(baseline))
+    now, baseline = now[:n], baseline[:n]
+    return int((baseline & ~now).sum()), int((now & ~baseline).sum()), n
+
+
+# --- latency -------------------------------------------------------------------------------------------------------
+
+
+def time_point(point: Point, baseline: Point, name: str, example: Tensor) -> Iterator[Timing | None]:
+    """Time the point in turns with the baseline on the same runtime, and on the best fp32 one where that is another.
+
+    Yields the growing `Timing`, which is `point.timings[name]` too. Raises RuntimeFailed where a model cannot run.
+    """
+    if point.timings.get(name) and point.timings[name].done:
+        return
+    reference = _prepared_baseline(baseline.model, example, name)
+    yield None
+    mine = runtime(name).prepare(point.model, example)
+    yield None
+    best = reference
+    if reference.device == "cpu":
+        for best in best_fp32(baseline.model, example):
+            yield None
+    timing = point.timings[name] = Timing(name, mine.precision, mine.note)
+    runners = [reference, mine] if best is reference else [reference, mine, best]
+    for taken in measure(runners, CALLS, BUDGET_S):
+        timing.baseline, timing.now, timing.best = taken[0], taken[1], taken[-1 if len(taken) == 3 else 0]
+        yield timing
+    timing.done = True
+    yield timing
+
+
+def _prepared_baseline(model: nn.Module, example: Tensor, name: str) -> Prepared:
+    """Return the baseline made ready for a runtime, once for all panels that show this model."""
+    return remembered(model, ("panel", name, tuple(example.shape)), lambda: runtime(name).prepare(model, example))
+
+
+def best_fp32(model: nn.Module, example: Tensor) -> Iterator[Prepared | None]:
+    """Find the CPU runtime that runs the baseline fastest, once for each model; the last one yielded is it."""
+    found: dict[str, str] = remembered(model, ("panel", "best", tuple(example.shape)), dict)
+    if "name" not in found:
+        runners = []
+        for one in available_runtimes():
+            if one.device == "cpu" and (prepared := _try(model, example, one.name)):
+                runners.append(prepared)
+            yield None
+        taken = []
+        for taken in measure(runners, 20, 0.3):
+            yield None
+        found["name"] = min(taken, key=lambda latency: latency.median_ms).runtime
+    yield _prepared_baseline(model, example, found["name"])
+
+
+def _try(model: nn.Module, example: Tensor, name: str) -> Prepared | None:
+    try:
+        return _prepared_baseline(model, example, name)
+    except RuntimeFailed:
+        return None
+
+
+# --- the test images -----------------------------------------------------------------------------------------------
+
+
+def examine(point: Point, split) -> Iterator[int]:
+    """Count right answers on the test images, once a point; yields how many were looked at."""
+    if point.test is not None:
+        return
+    hits = []
+    for predicted, labels in predictions(point.model, split):
+        hits.append(predicted == labels)
+        yield sum(map(len, hits))
+    point.test_hits = torch.cat(hits)
+    point.test = Accuracy(int(point.test_hits.sum()), len(point.test_hits))

@@ -1,0 +1,352 @@
+"""What a panel says: its tiles, its sentences and its table, as HTML. Numbers keep their width and their unit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from html import escape
+
+from workbench.panel.measure import OTHER, Point, Timing, changed, difference
+from workbench.profiler import compare, environment
+from workbench.profiler.report import Difference
+from workbench.weights import sparsity
+
+DASH = '<span class="wb-none">–</span>'
+SAME = "≈ not distinguishable"
+
+
+def kilobytes(size_bytes: float) -> str:
+    """Bytes in kB, always: 412345 -> "412.3"."""
+    return f"{size_bytes / 1000:,.1f}"
+
+
+def milliseconds(ms: float) -> str:
+    return f"{ms:.3f}" if ms < 10 else f"{ms:.1f}"
+
+
+def times(ratio: float) -> str:
+    """A ratio with the digits it deserves: 5.3×, 12×."""
+    return f"{ratio:.2f}×" if ratio < 2 else f"{ratio:.1f}×" if ratio < 20 else f"{ratio:.0f}×"
+
+
+def signed(points: float, digits: int = 1) -> str:
+    return f"{points:+.{digits}f}".replace("-", "−")
+
+
+def machine() -> str:
+    """Name the processor as far as it matters for speed: "2 cores, AMX INT8"."""
+    here = environment()
+    kind = next((f for f in _STRONGEST if f in here.features), "")
+    return f"{here.cores} core{'s' if here.cores != 1 else ''}{', ' if kind else ''}{kind}"
+
+
+_STRONGEST = ("AMX INT8", "AVX-512 VNNI", "AVX-VNNI", "AVX-512", "AVX2", "I8MM", "dot product", "NEON")
+
+
+def source_link(source: str) -> str:
+    """Return a citation with its arXiv number or DOI as a link."""
+    link = r'<a href="https://{}\g<1>" target="_blank" rel="noopener">\g<0></a>'
+    text = re.sub(r"arXiv:(\d{4}\.\d{4,5})", link.format("arxiv.org/abs/"), escape(source))
+    return re.sub(r"doi:(10\.\d{4,}/\S+)", link.format("doi.org/"), text)
+
+
+def clock(steps: list) -> str:
+    """Say how much longer a training runs, from its steps so far."""
+    spent = sum(step.seconds for step in steps)
+    left = spent / steps[-1].step * (steps[-1].steps - steps[-1].step)
+    return f"about {left / 60:.0f} min left" if left > 90 else f"about {left:.0f} s left"
+
+
+def sentence(error: Exception) -> str:
+    """Return an exception as one readable sentence."""
+    text = " ".join(str(error).split()) or "no reason was given"
+    known = isinstance(error, (ValueError, RuntimeError)) and text.endswith((".", "!", "?"))
+    return text if known else f"This setting could not be measured: {type(error).__name__}: {text}."
+
+
+def alert(text: str) -> str:
+    return f'<div class="wb-alert-box"><span aria-hidden="true">⚠</span> {escape(text)}</div>' if text else ""
+
+
+def status(state: str, text: str, measurements: int) -> str:
+    """Return the progress line; its data attributes tell tests and scripts the same."""
+    return f'<span class="wb-state" data-state="{state}" data-measurements="{measurements}">{escape(text)}</span>'
+
+
+def report(point: Point, baseline: Point) -> str:
+    """Return the result on the test images, labelled as such."""
+    gap = difference(point.test_hits, baseline.test_hits)
+    words = "that is the baseline itself" if point is baseline else compare_accuracies(gap)[1]
+    return (
+        f"<p><b class='wb-test'>test</b> {escape(point.title)}: <b>{point.test.percent:.2f} %</b> of"
+        f" {point.test.total:,} images ({_percent(point.test).partition('(')[2]}, 95 %); baseline"
+        f" {baseline.test.percent:.2f} %; {words}. Looked at once for this setting; choose settings by validation.</p>"
+    )
+
+
+# --- comparisons ---------------------------------------------------------------------------------------------------
+
+
+def compare_sizes(now: int, other: int) -> tuple[str, str]:
+    """Return (mood, words) of a size against another; bytes are exact, so any difference is one."""
+    if now == other:
+        return "same", "= the same size"
+    return ("good", f"▼ {times(other / now)} smaller") if now < other else ("bad", f"▲ {times(now / other)} larger")
+
+
+def compare_accuracies(gap: Difference | None) -> tuple[str, str]:
+    """Return (mood, words) of an accuracy against another on the same images."""
+    if gap is None:
+        return "none", DASH
+    if not gap.distinguishable:
+        return "same", SAME
+    low, high = sorted(abs(edge) for edge in gap.interval)
+    word = "more" if gap.points > 0 else "less"
+    arrow, mood = ("▲", "good") if gap.points > 0 else ("▼", "bad")
+    return mood, f"{arrow} {abs(gap.points):.1f} points {word} ({low:.1f}–{high:.1f})"
+
+
+def compare_ratio(ratio, than: str) -> tuple[str, str]:
+    """Return (mood, words) of a ratio "times faster" against what `than` names."""
+    if ratio is None:
+        return "none", DASH
+    if not ratio.distinguishable:
+        return "same", f"{SAME} from {than}"
+    if ratio.value >= 1:
+        return "good", f"▼ {times(ratio.value)} faster than {than}"
+    return "bad", f"▲ {times(1 / ratio.value)} slower than {than}"
+
+
+def speed(timing: Timing | None):
+    """Return how many times faster than the baseline on the same runtime, or None while that is unknown."""
+    return compare(timing.now, timing.baseline) if timing and timing.now and timing.now.calls else None
+
+
+# --- tiles ---------------------------------------------------------------------------------------------------------
+
+
+def tile(kind: str, title: str, value: str, unit: str, lines: Iterable[tuple[str, str]], note: str = "") -> str:
+    """Return one tile: a title, a large number with its unit, two comparisons with their moods, a note."""
+    said = "".join(f'<div class="wb-line wb-{mood}">{words}</div>' for mood, words in lines)
+    number = f'<span class="wb-number-shown">{value}</span> <span class="wb-unit-shown">{unit}</span>'
+    return (
+        f'<section class="wb-tile" data-tile="{kind}" aria-label="{escape(title)}"><h4>{title}</h4>'
+        f'<div class="wb-value">{number}</div>{said}<div class="wb-note">{note}</div></section>'
+    )
+
+
+def tiles(now: Point | None, baseline: Point | None, pinned: Point | None, name: str, gpu: tuple[str, str]) -> str:
+    """Return the four tiles; `name` is the CPU runtime, `gpu` is (runtime or "", why there is none)."""
+    made = [_size(now, baseline, pinned), _accuracy(now, baseline, pinned)]
+    made.append(_latency("latency", "latency, CPU, batch 1", name, now, pinned))
+    if gpu[0]:
+        made.append(_latency("gpu", "latency, GPU, batch 1", gpu[0], now, pinned))
+    else:
+        made.append(tile("gpu", "latency, GPU, batch 1", DASH, "", [("none", escape(gpu[1]))]))
+    return f'<div class="wb-tiles">{"".join(made)}</div>'
+
+
+def _pin(mood_words: tuple[str, str] | None) -> tuple[str, str]:
+    """Say that a comparison is with the pinned point; an empty line keeps its place when nothing is pinned."""
+    if mood_words is None:
+        return "none", "&nbsp;"
+    mood, words = mood_words
+    return mood, f'<span class="wb-star">★</span> vs pinned: {words}'
+
+
+def _size(now, baseline, pinned) -> str:
+    title = "size of the file"
+    if now is None:
+        return tile("size", title, DASH, "kB", [("none", DASH), _pin(None)])
+    beside = None if pinned is None else compare_sizes(now.size_bytes, pinned.size_bytes)
+    lines = [compare_sizes(now.size_bytes, baseline.size_bytes), _pin(beside)]
+    return tile("size", title, kilobytes(now.size_bytes), "kB", lines, f"baseline {kilobytes(baseline.size_bytes)} kB")
+
+
+def _accuracy(now, baseline, pinned) -> str:
+    title = "accuracy, validation"
+    if now is None or now.accuracy is None:
+        note = "" if baseline is None or baseline.accuracy is None else f"baseline {baseline.accuracy.percent:.1f} %"
+        return tile("accuracy", title, DASH, "%", [("none", DASH), _pin(None)], note)
+    low, high = now.accuracy.interval
+    unit = f'% <span class="wb-plusminus">± {50 * (high - low):.1f}</span>'
+    beside = None if pinned is None else compare_accuracies(difference(now.hits, pinned.hits))
+    lines = [compare_accuracies(difference(now.hits, baseline.hits)), _pin(beside)]
+    seen = f"{now.accuracy.total:,} images" + ("" if now.exact else " so far")
+    note = f"baseline {baseline.accuracy.percent:.1f} % · {seen}"
+    return tile("accuracy", title, f"{now.accuracy.percent:.1f}", unit, lines, note)
+
+
+def _latency(kind: str, title: str, name: str, now: Point | None, pinned: Point | None) -> str:
+    timing = now and now.timings.get(name)
+    if not timing or not timing.now or not timing.now.calls:
+        return tile(kind, title, DASH, "ms", [("none", DASH), ("none", DASH), _pin(None)], escape(name))
+    lines = [compare_ratio(speed(timing), "baseline here")]
+    if timing.best and timing.best.calls:
+        than = f"best fp32 ({timing.best.runtime})"
+        lines.append(compare_ratio(compare(timing.now, timing.best), than))
+    other = pinned and pinned is not now and pinned.timings.get(name)
+    # Times of separate runs are shown side by side; no claim is made about their ratio.
+    lines.append(_pin(("none", f"{milliseconds(other.now.median_ms)} ms") if other and other.now else None))
+    precision = f'computes in <b class="wb-precision">{escape(timing.precision)}</b>'
+    noisy = ", noisy" if timing.now.noisy else ""
+    return tile(kind, title, milliseconds(timing.now.median_ms), "ms", lines, f"{escape(name)}, {precision}{noisy}")
+
+
+# --- in words ------------------------------------------------------------------------------------------------------
+
+
+def in_words(now: Point | None, baseline: Point | None, name: str, hint: str = "") -> str:
+    """Return the sentences under the figure."""
+    if now is None:
+        return f"<p>{escape(hint)}</p>" if hint else "<p>Weighing the model …</p>"
+    said = [
+        _size_words(now, baseline),
+        _accuracy_words(now, baseline),
+        *_latency_words(now, name),
+        *_why(now, baseline, name),
+    ]
+    if hint:
+        said.append(escape(hint))
+    return f"<p>{' '.join(filter(None, said))}</p>"
+
+
+def _size_words(now: Point, baseline: Point) -> str:
+    if now.size_bytes == baseline.size_bytes:
+        return f"<b>{escape(now.title)}</b> leaves the file as it was, {kilobytes(now.size_bytes)} kB."
+    if now.size_bytes > baseline.size_bytes:
+        more = now.size_bytes / baseline.size_bytes - 1
+        return (
+            f"<b>{escape(now.title)}</b> makes the file {more:.0%} <b>larger</b>: what it adds outweighs what it saves."
+        )
+    saved = 1 - now.size_bytes / baseline.size_bytes
+    return (
+        f"<b>{escape(now.title)}</b> removes {100 * saved:.1f} % of the bytes"
+        f" and leaves {100 * now.macs / max(baseline.macs, 1):.0f} % of the multiply-adds."
+    )
+
+
+def _accuracy_words(now: Point, baseline: Point) -> str:
+    gap = difference(now.hits, baseline.hits)
+    if gap is None:
+        return ""
+    lost, won, total = changed(now.hits, baseline.hits)
+    text = f"{lost:,} of {total:,} validation images became wrong and {won:,} right"
+    if not gap.distinguishable:
+        return f"{text}: not distinguishable from the baseline (compared image by image)."
+    low, high = gap.interval
+    return f"{text}: {signed(gap.points)} points ({signed(low)} to {signed(high)}, paired, 95 %)."
+
+
+def _latency_words(now: Point, name: str) -> list[str]:
+    timing = now.timings.get(name)
+    ratio = speed(timing)
+    if ratio is None or not timing.done:
+        return []
+    precision, base = timing.precision, milliseconds(timing.baseline.median_ms)
+    took = f"On {escape(name)} it computes in {escape(precision)}"
+    if not ratio.distinguishable:
+        return [f"{took}; its latency is not distinguishable from the baseline's {base} ms."]
+    word, value = ("faster", ratio.value) if ratio.value >= 1 else ("slower", 1 / ratio.value)
+    return [f"{took}, {times(value)} {word} than the baseline's {base} ms."]
+
+
+def _why(now: Point, baseline: Point, name: str) -> list[str]:
+    """Say why compression does not help here, where it does not."""
+    said = []
+    timing = now.timings.get(name)
+    ratio = speed(timing)
+    gained = ratio is not None and ratio.distinguishable and ratio.value > 1
+    if timing and timing.done and timing.now.noisy:
+        said.append("The times drifted while they were measured, so take them with care.")
+    elif timing and timing.done and not gained:
+        if now.macs == baseline.macs and sparsity(now.model) > 0.05:
+            said.append("Dense kernels multiply by zero as slowly as by any number: single zeros save bytes, not time.")
+        if now.macs < 0.9 * baseline.macs:
+            said.append(
+                "It multiplies less, yet each kernel call has a fixed cost, and thin layers fill the kernels badly."
+            )
+    if timing and timing.done and "simulated" in timing.note:
+        said.append(escape(timing.note[0].upper() + timing.note[1:]) + ".")
+    grown = [n for n, b in now.layer_bytes.items() if n != OTHER and b > 1.02 * baseline.layer_bytes[n]]
+    if grown and now is not baseline:
+        names = ", ".join(grown[:3]) + (" and others" if len(grown) > 3 else "")
+        said.append(
+            f"{escape(names)} {'takes' if len(grown) == 1 else 'take'} more bytes than before: too small to gain."
+        )
+    return said
+
+
+# --- the table -----------------------------------------------------------------------------------------------------
+
+
+def table(now: Point | None, baseline: Point | None, pinned: Point | None) -> str:
+    """Return a fold with every number of the panel, with units."""
+    if baseline is None:
+        return "<details><summary>Table</summary></details>"
+    columns = {"baseline": baseline, "now": now, "pinned": pinned}
+    shown = {name: point for name, point in columns.items() if point is not None}
+    head = "".join(f"<th scope=col>{name}</th>" for name in ("", *shown))
+    rows = [_row(label, [cell(p) for p in shown.values()]) for label, cell in _ROWS]
+    for runtime in dict.fromkeys(name for p in shown.values() for name in p.timings):
+        rows += _timing_rows(runtime, list(shown.values()))
+    whole = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return (
+        f"<details><summary>Table</summary><div class='wb-tables'>{whole}{_layer_table(now, baseline)}</div></details>"
+    )
+
+
+def _row(label: str, cells: list[str]) -> str:
+    return f"<tr><th scope=row>{label}</th>{''.join(f'<td>{c}</td>' for c in cells)}</tr>"
+
+
+def _percent(accuracy) -> str:
+    if accuracy is None:
+        return DASH
+    low, high = accuracy.interval
+    return f"{accuracy.percent:.2f} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+_ROWS = (
+    ("setting", lambda p: escape(p.title)),
+    ("size of the file, bytes", lambda p: f"{p.size_bytes:,}"),
+    ("parameters", lambda p: f"{p.parameters:,}"),
+    ("multiply-adds, one image", lambda p: f"{p.macs:,}"),
+    ("accuracy, validation, % (95 %)", lambda p: _percent(p.accuracy)),
+    ("accuracy, test, % (95 %)", lambda p: _percent(p.test)),
+)
+
+
+def _timing_rows(name: str, shown: list[Point]) -> list[str]:
+    found = [_taken(name, point, shown) for point in shown]
+    rows = {
+        "median, ms": lambda one: milliseconds(one.median_ms),
+        "middle half, ms": lambda one: f"{milliseconds(one.p25_ms)}–{milliseconds(one.p75_ms)}",
+        "p90, ms": lambda one: DASH if one.p90_ms is None else milliseconds(one.p90_ms),
+        "computes in": lambda one: escape(one.precision),
+    }
+    return [
+        _row(f"{escape(name)}: {what}", [cell(one) if one else DASH for one in found]) for what, cell in rows.items()
+    ]
+
+
+def _taken(name: str, point: Point, shown: list[Point]):
+    """Return a point's latency on a runtime; the baseline's is the one taken in turns with another shown point."""
+    if point.technique is None:
+        timings = [p.timings.get(name) for p in shown[1:]]
+        return next((t.baseline for t in timings if t and t.baseline and t.baseline.calls), None)
+    timing = point.timings.get(name)
+    return timing.now if timing and timing.now and timing.now.calls else None
+
+
+def _layer_table(now: Point | None, baseline: Point) -> str:
+    head = "<th scope=col>layer</th><th scope=col>bytes before</th><th scope=col>after</th>"
+    head += "<th scope=col>parameters before</th><th scope=col>after</th><th scope=col>multiply-adds before</th><th scope=col>after</th>"
+    kinds = ("layer_bytes", "layer_parameters", "layer_macs")
+    rows = []
+    for name in baseline.layer_bytes:
+        cells = []
+        for kind in kinds:
+            cells += [f"{getattr(baseline, kind)[name]:,}", f"{getattr(now, kind)[name]:,}" if now else DASH]
+        rows.append(_row(escape(name), cells))
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
