@@ -1,8 +1,8 @@
 """Which layers a model has: written down as a table of names and constructor arguments, and built again from it.
 
-A row is `["Conv2d", 1, 32, 3, {"padding": 1}]` for the layers of torch.nn that may be built again, and
-`["own", "MyNet", {tensor: shape}]` for anything else, which only `like` can supply.
-Nothing in a file names code to run.
+A row is `["Conv2d", 1, 32, 3, {"padding": 1}]` for the layers of torch.nn that may be built again,
+`["own", "MyNet", {tensor: shape}]` for anything else, which only `like` can supply, and `["same", "block.0"]` for a
+layer that is used under a second name. Nothing in a file names code to run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from workbench import weights
-from workbench.artifact.reader import ArtifactError
+from workbench.artifact.format import ArtifactError
 from workbench.models import build
 from workbench.surgery import clone
 
@@ -48,13 +48,28 @@ Spec = list  # one row of the table
 Table = dict[str, Spec]  # layer name -> row, parents before children, "" is the model itself
 
 
-def walk(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, layer) of the model and all layers in it, without parametrizations and input quantizers."""
+def walk(model: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, layer) of the model and all layers in it, without parametrizations and input quantizers.
+
+    A layer that is used under two names comes twice, what is inside it once.
+    """
     yield name, model
+    seen = set() if seen is None else seen
+    if id(model) in seen:
+        return
+    seen.add(id(model))
     for child_name, child in model._modules.items():
         if child is None or isinstance(child, weights.InputQuantizer) or _holds_parametrizations(model, child_name):
             continue
-        yield from walk(child, f"{name}.{child_name}" if name else child_name)
+        yield from walk(child, f"{name}.{child_name}" if name else child_name, seen)
+
+
+def distinct(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return (name, layer) of every layer once, in the order of `walk`."""
+    seen = {}
+    for name, layer in walk(model):
+        seen.setdefault(id(layer), (name, layer))
+    return list(seen.values())
 
 
 def _holds_parametrizations(layer: nn.Module, child_name: str) -> bool:
@@ -74,9 +89,18 @@ def tensor_names(layer: nn.Module) -> list[str]:
 def tensor_shapes(layer: nn.Module) -> dict[str, list[int]]:
     """Return the shapes of the layer's own tensors by name; raises ArtifactError for lazy ones without a shape."""
     try:
-        return {name: list(getattr(layer, name).shape) for name in tensor_names(layer)}
+        return {name: list(_shape(layer, name)) for name in tensor_names(layer)}
     except RuntimeError:
         raise ArtifactError(f"{layer} has no shape yet; run the model once on an example before saving it.") from None
+
+
+def _shape(layer: nn.Module, name: str) -> torch.Size:
+    """Return the tensor's shape, without computing a parametrized one where torch ensures that it stays the same."""
+    if parametrize.is_parametrized(layer, name):
+        stack = layer.parametrizations[name]
+        if hasattr(stack, "original") and not stack.unsafe:
+            return stack.original.shape
+    return getattr(layer, name).shape
 
 
 def model_class(layer: nn.Module) -> type:
@@ -89,7 +113,11 @@ def model_class(layer: nn.Module) -> type:
 
 def layer_table(model: nn.Module) -> Table:
     """Return the table of all layers, parents before children."""
-    return {name: layer_spec(layer) for name, layer in walk(model)}
+    table, names = {}, {}
+    for name, layer in walk(model):
+        first = names.setdefault(id(layer), name)
+        table[name] = layer_spec(layer) if first == name else ["same", first]
+    return table
 
 
 def layer_spec(layer: nn.Module) -> Spec:
@@ -154,9 +182,9 @@ def count_numbers(table: Table) -> int:
 
 
 def _shapes(spec: Spec) -> dict[str, list[int]]:
-    if spec[0] != "own":
-        return _shapes_of(json.dumps(spec))
-    return spec[2] if len(spec) > 2 else {}
+    if spec[0] in ("own", "same"):
+        return spec[2] if len(spec) > 2 else {}
+    return _shapes_of(json.dumps(spec))
 
 
 # --- models that can be built by name: only the differences are written ---------------------------------------------
@@ -228,12 +256,16 @@ def assemble(model: nn.Module | None, table: Table) -> nn.Module:
 
     Raises ArtifactError naming the first layer that differs where it may not.
     """
+    used = set()
     for name, spec in table.items():
         have = _find(model, name)
-        if have is not None and layer_spec(have) == spec:
+        if spec[0] == "same":
+            _share(model, name, spec[1])
             continue
-        _check_replaceable(model, name, have, spec)
-        model = _put(model, name, build_layer(spec))
+        if have is None or id(have) in used or layer_spec(have) != spec:
+            _check_replaceable(model, name, have, spec)
+            model = _put(model, name, build_layer(spec))
+        used.add(id(_find(model, name)))
     for name, _ in walk(model):
         if name not in table:
             raise ArtifactError(f"layer {name!r} is in the given model but not in the file; {_ADVICE}")
@@ -256,6 +288,15 @@ def _put(model: nn.Module | None, name: str, layer: nn.Module) -> nn.Module:
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent).add_module(child, layer)
     return model
+
+
+def _share(model: nn.Module, name: str, first: str) -> None:
+    """Put the layer called `first` under a second name."""
+    layer, parent = model.get_submodule(first), model.get_submodule(name.rpartition(".")[0])
+    if any(inner is parent for inner in layer.modules()):
+        raise ArtifactError(f"its layer {name!r} lies inside itself; save it again.")
+    if _find(model, name) is not layer:
+        _put(model, name, layer)
 
 
 def _check_replaceable(model: nn.Module | None, name: str, have: nn.Module | None, spec: Spec) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import constriction
 import numpy as np
 
-from workbench.artifact.reader import ArtifactError, Reader, varint
+from workbench.artifact.format import ArtifactError, Reader, varint
 
 AnsCoder, Categorical = constriction.stream.stack.AnsCoder, constriction.stream.model.Categorical
 FORMS = ("fixed", "bitmask", "entropy")
@@ -31,8 +31,8 @@ class Code:
 
     form: str
     values: bytes = b""
-    index: bytes = b""
     table: bytes = b""
+    index: bytes = b""
 
     def __len__(self) -> int:
         return len(self.values) + len(self.index) + len(self.table)
@@ -50,6 +50,8 @@ def pack_bits(codes: np.ndarray, width: int) -> bytes:
     """Write codes (n,), whole numbers from 0 to 2**width - 1, with `width` bits each, highest bit first; width ≤ 16."""
     if width == 8:
         return codes.astype(np.uint8).tobytes()
+    if not len(codes) or not width:
+        return b""
     wide = codes.astype(">u2" if width > 8 else np.uint8)
     bits = np.unpackbits(wide.view(np.uint8).reshape(len(codes), -1), axis=1)
     return np.packbits(bits[:, bits.shape[1] - width :]).tobytes()
@@ -100,13 +102,17 @@ def _best_table(counts: np.ndarray) -> tuple[np.ndarray, int]:
     return min(tables, key=lambda table: _bytes_needed(counts, *table))
 
 
-def entropy_encode(symbols: np.ndarray) -> tuple[bytes, bytes]:
-    """Write whole numbers (n,) within a span of 512 as (table, stream); n ≥ 1.
+def histogram(symbols: np.ndarray) -> tuple[int, np.ndarray]:
+    """Return the smallest of the whole numbers (n,), n ≥ 1, and how often it and each number above it occurs."""
+    low = int(symbols.min())
+    return low, np.bincount(symbols - low if low else symbols)
+
+
+def entropy_encode(symbols: np.ndarray, low: int, counts: np.ndarray) -> tuple[bytes, bytes]:
+    """Write whole numbers (n,) within a span of 512 as (table, stream); `low` and `counts` are their `histogram`.
 
     The table holds the smallest symbol, how many there are, their quantized probabilities, the stream's length.
     """
-    low = int(symbols.min())
-    counts = np.bincount(symbols - low)
     table = struct.pack("<h", low) + varint(len(counts) - 1)
     if len(counts) == 1:
         return table, b""
@@ -153,16 +159,17 @@ def code_words(words: np.ndarray) -> tuple[Code, dict[str, int]]:
     kept = words != 0
     sizes = {"fixed": words.nbytes}
     if not kept.all():
-        values_bytes = int(kept.sum()) * words.itemsize
-        table, stream = entropy_encode(kept.astype(np.int32))
+        values_bytes = np.count_nonzero(kept) * words.itemsize
+        mask = kept.astype(np.int32)
+        table, stream = entropy_encode(mask, *histogram(mask))
         sizes |= {"bitmask": packed_size(len(kept), 1) + values_bytes, "entropy": len(table + stream) + values_bytes}
     form = min(sizes, key=sizes.get)
     if form == "fixed":
         return Code(form, words.tobytes()), sizes
     values = words[kept].tobytes()
     if form == "bitmask":
-        return Code(form, values, np.packbits(kept).tobytes()), sizes
-    return Code(form, values, stream, table), sizes
+        return Code(form, values, index=np.packbits(kept).tobytes()), sizes
+    return Code(form, values, table, stream), sizes
 
 
 def read_words(reader: Reader, form: str, count: int, dtype: np.dtype) -> np.ndarray:
@@ -190,19 +197,21 @@ def code_symbols(symbols: np.ndarray, zero: np.ndarray | int) -> tuple[Code, dic
     Return the code and the bytes of every form that was tried.
     """
     levels = symbols - zero  # centered: channels with different zero points share one distribution
-    kept = levels != 0
-    folded = _fold(levels[kept])
-    table, stream = entropy_encode(levels)
+    low, counts = histogram(levels)
+    table, stream = entropy_encode(levels, low, counts)
+    found = np.flatnonzero(counts) + low
     sizes = {
-        "fixed": _packed_symbols_size(symbols),
-        "bitmask": packed_size(len(kept), 1) + _packed_symbols_size(folded),
+        "fixed": 3 + packed_size(len(symbols), _span(symbols)[1]),
+        "bitmask": 3 + packed_size(len(levels), 1) + _others_size(found, counts[found - low]),
         "entropy": len(table) + len(stream),
     }
     form = min(sizes, key=sizes.get)
     if form == "entropy":
-        return Code(form, stream, table=table), sizes
-    table, values = _pack_symbols(symbols if form == "fixed" else folded)
-    return Code(form, values, np.packbits(kept).tobytes() if form == "bitmask" else b"", table), sizes
+        return Code(form, stream, table), sizes
+    if form == "fixed":
+        return Code(form, *_pack_symbols(symbols)), sizes
+    kept = levels != 0
+    return Code(form, *_pack_symbols(_fold(levels[kept])), np.packbits(kept).tobytes()), sizes
 
 
 def read_symbols(reader: Reader, form: str, count: int, zero: np.ndarray | int) -> np.ndarray:
@@ -233,13 +242,16 @@ def _span(symbols: np.ndarray) -> tuple[int, int]:
     return low, (high - low).bit_length()
 
 
-def _packed_symbols_size(symbols: np.ndarray) -> int:
-    return 3 + packed_size(len(symbols), _span(symbols)[1])
+def _others_size(found: np.ndarray, counts: np.ndarray) -> int:
+    """Return the bytes of all symbols but zero: `found` are the different symbols, `counts` how often each occurs."""
+    others = found != 0
+    return packed_size(int(counts[others].sum()), _span(_fold(found[others]))[1])
 
 
 def _pack_symbols(symbols: np.ndarray) -> tuple[bytes, bytes]:
+    """Return (values, table)."""
     low, width = _span(symbols)
-    return struct.pack("<hB", low, width), pack_bits(symbols - low, width)
+    return pack_bits(symbols - low, width), struct.pack("<hB", low, width)
 
 
 def _unpack_symbols(reader: Reader, count: int, low: int, width: int) -> np.ndarray:
