@@ -127,6 +127,7 @@ def save_weights(model: nn.Module, path, note: dict) -> None:
     part = path.with_suffix(".part")
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
     save_file(tensors, part, metadata={key: json.dumps(value) for key, value in note.items()})
+    part.chmod(0o644)  # safetensors leaves it readable by its owner alone
     part.replace(path)
 
 
