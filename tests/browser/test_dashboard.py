@@ -114,14 +114,26 @@ def test_a_page_that_does_not_exist_leads_back(course, page):
     page.wait_for_selector(".wb-cards")
 
 
+def kernel_of(page):
+    return json.loads(page.locator("#jupyter-config-data").inner_text())["kernelId"]
+
+
 def test_a_page_whose_kernel_has_ended_says_so(course, page):
     page.goto(course + "voila/render/00_slider.ipynb")
     page.wait_for_selector(READY)
-    kernel = json.loads(page.locator("#jupyter-config-data").inner_text())["kernelId"]
-    page.request.delete(f"{course}api/kernels/{kernel}")
+    token = next(cookie["value"] for cookie in page.context.cookies() if cookie["name"] == "_xsrf")
+    page.request.post(f"{course}voila/api/shutdown/{kernel_of(page)}", form={"_xsrf": token})
     page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
     page.wait_for_selector("#wb-status.wb-stopped:visible")
     assert "Reload the page" in page.locator("#wb-status-text").inner_text()
+
+
+def test_leaving_a_page_ends_its_kernel(course, page):
+    page.goto(course + "voila/render/00_slider.ipynb")
+    page.wait_for_selector(".noUi-handle")
+    kernel = kernel_of(page)
+    page.goto(course)
+    page.wait_for_function(f"fetch('/api/kernels/{kernel}').then(answer => answer.status === 404)", polling=500)
 
 
 @pytest.mark.parametrize("width", [1280, 800])

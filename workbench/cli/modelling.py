@@ -16,7 +16,7 @@ from workbench.cli.choosing import (
     technique_named,
     value_of,
 )
-from workbench.cli.progress import Progress
+from workbench.cli.progress import Doing, Progress
 
 RUNS = Path("runs")  # where an interrupted training leaves its checkpoint and its best weights
 
@@ -40,7 +40,12 @@ def _add_train(commands):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", help="train on other images than the model's own, such as folder:PATH")
     parser.add_argument("--resume", action="store_true", help=f"go on from the last checkpoint in {RUNS}/")
-    parser.add_argument("-o", "--output", type=Path, help="where the weights go (default: where load_model finds them)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="where the weights go (default: where wb.load_model finds them; runs/ for other images)",
+    )
     parser.set_defaults(run=run_train)
     return parser
 
@@ -63,6 +68,8 @@ def _add_profile(commands):
     parser.add_argument("--data", help="images to count accuracy on (default: the model's own)")
     parser.add_argument("--batch", type=_at_least_one, default=1, help="images at once (default 1)")
     parser.add_argument("--runtime", action="append", help="measure on this runtime only; may be repeated")
+    parser.add_argument("--threads", type=_at_least_one, default=1, help="processor threads (default 1)")
+    _add_split(parser)
     parser.add_argument("--json", type=Path, help="write all figures to this file too")
     parser.set_defaults(run=run_profile)
     return parser
@@ -74,9 +81,16 @@ def _add_sweep(commands):
     parser.add_argument("technique", metavar="TECHNIQUE", type=technique_named, help="such as low-rank")
     parser.add_argument("--values", required=True, metavar="SETTING=A,B,…", help="such as rank=0.1,0.2,0.5")
     parser.add_argument("--data", help="images to count accuracy on (default: the model's own)")
-    parser.add_argument("--json", type=Path, help="write the records to this file too")
+    _add_split(parser)
+    parser.add_argument("--latency", action="store_true", help="time the results too, all in turns")
+    parser.add_argument("--records", type=Path, help="keep the records in this file, such as my-sweep.json")
     parser.set_defaults(run=run_sweep)
     return parser
+
+
+def _add_split(parser) -> None:
+    words = "images that accuracy is counted on (default val; test is for the final look)"
+    parser.add_argument("--split", choices=("train", "val", "test"), default="val", help=words)
 
 
 def _at_least_one(text: str) -> int:
@@ -95,7 +109,8 @@ def run_train(args) -> None:
     checkpoint = RUNS / f"{args.name}.checkpoint.safetensors"
     finished = _train(args, model, data, checkpoint)
     test = evaluate(model, data.test)
-    target = (args.output or weights_path(args.name)) if finished else RUNS / f"{args.name}.safetensors"
+    shipped = args.data is None and finished  # only a whole training on the model's own images replaces its weights
+    target = (finished and args.output) or (weights_path(args.name) if shipped else RUNS / f"{args.name}.safetensors")
     note = {"data": data.name, "seed": args.seed, "test": [test.correct, test.total], "finished": finished}
     save_weights(model, target, note)
     if finished:
@@ -153,9 +168,9 @@ def run_profile(args) -> None:
     if args.technique is not None:
         baseline = baseline if args.baseline else model
         model = _compressed(chosen(args, args.technique), model, data)
-    measured = profile(model, data, baseline=baseline, runtimes=_runtimes(args.runtime), batch=args.batch)
-    print(measured.table())
-    print(*measured.sentences(), sep="\n")
+    with Doing() as watch:
+        measured = profile(model, data, baseline, args.runtime, args.batch, args.threads, args.split, watch=watch)
+    print(measured)
     if args.json:
         args.json.write_text(json.dumps(measured.to_dict(), indent=2) + "\n", encoding="utf-8")
 
@@ -170,28 +185,23 @@ def _baseline(args, model):
     return model_named(name)[0] if name in MODELS and args.model != name else None
 
 
-def _runtimes(names: list[str] | None):
-    """Return the runtimes called `names`, or None for all; raise ValueError for an unknown one."""
-    from workbench.runtimes import RUNTIMES
-
-    known = {runtime.name: runtime for runtime in RUNTIMES}
-    for name in names or ():
-        if name not in known:
-            raise ValueError(f"There is no runtime {name!r}; choose from {', '.join(known)}.")
-    return [known[name] for name in names] if names else None
-
-
 def run_sweep(args) -> None:
-    """Measure the technique at each of the values and print one line for each."""
-    from workbench.records import sweep
+    """Measure the technique at each of the values, print one line for each, and keep them as records."""
+    from workbench.records import sweep, write_records
 
-    model, _ = model_named(args.model)
-    records = sweep(swept(args), model, data_for(model, args.data))
+    techniques = swept(args)
+    model, name = model_named(args.model)
+    with Doing() as watch:
+        records = sweep(techniques, model, data_for(model, args.data), args.split, args.latency, watch)
+    setting = args.values.partition("=")[0].strip().replace("-", "_")
+    print(f"{setting:>16} {'bytes':>12} {'smaller':>9}  accuracy ({args.split} of {records[0].data})")
     for record in records:
-        print(record)
-    if args.json:
-        rows = [record.to_dict() for record in records]
-        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        times = "".join(f"  {runtime} {found['median_ms']:.3f} ms" for runtime, found in record.latency.items())
+        size = f"{record.size_bytes:>12,} {record.compression:>8.1f}×"
+        print(f"{record.settings[setting]!s:>16} {size}  {record.accuracy}{times}")
+    if args.records:
+        path = write_records(args.records.stem, records, args.records.parent)
+        print(f"Records of {name}: {path}")
 
 
 def swept(args) -> list:

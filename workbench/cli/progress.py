@@ -1,8 +1,9 @@
-"""A progress bar over training steps, and a Ctrl-C that keeps what was learned."""
+"""A progress bar over training steps, a Ctrl-C that keeps what was learned, and one line for what is being measured."""
 
 from __future__ import annotations
 
 import signal
+import sys
 
 
 class Progress:
@@ -40,3 +41,20 @@ class Progress:
         if self.stopped:
             raise KeyboardInterrupt
         self.stopped = True
+
+
+class Doing:
+    """Show on a terminal what is being measured, on one line that goes when it is done: watch(message, fraction)."""
+
+    def __enter__(self) -> Doing:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._write("")
+
+    def __call__(self, message: str, fraction: float) -> None:
+        self._write(f"{fraction:4.0%}  {message} …")
+
+    def _write(self, text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\033[K{text[:110]}", end="", file=sys.stderr, flush=True)

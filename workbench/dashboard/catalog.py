@@ -67,3 +67,8 @@ def prepare_page(page_config: dict, *, settings: dict, notebook_path: str = "", 
     }
     page_config["fullMathjaxUrl"] = page_config["mathjaxConfig"] = None
     return page_config
+
+
+def give_token(handler, notebook=None, cwd: str = "") -> None:
+    """Set the cookie whose token lets the page end its kernel when it is left (Voilà's prelaunch_hook)."""
+    assert handler.xsrf_token  # reading it sets the cookie

@@ -32,6 +32,16 @@
     watch.observe(document.getElementById("rendered_cells"), { childList: true, subtree: true });
   };
 
+  // Voilà ends a page's kernel when the page goes, but without the token that its server asks for, so kernels stayed.
+  const sendBeacon = navigator.sendBeacon.bind(navigator);
+  navigator.sendBeacon = (url, body) => {
+    const token = document.cookie.match(/(?:^|; )_xsrf=([^;]+)/);
+    if (body || !token || !String(url).includes("voila/api/shutdown/")) return sendBeacon(url, body);
+    const form = new FormData();
+    form.append("_xsrf", decodeURIComponent(token[1]));
+    return sendBeacon(url, form);
+  };
+
   // A kernel ends when its page was asleep for long, or the server was stopped: sliders would then move nothing.
   const kernelIsThere = async () => {
     const { baseUrl, kernelId } = JSON.parse(document.getElementById("jupyter-config-data").textContent);
@@ -49,4 +59,5 @@
   };
   const timer = setInterval(check, 20000);
   document.addEventListener("visibilitychange", check);
+  window.addEventListener("pageshow", check);
 })();
