@@ -25,6 +25,7 @@ from workbench.artifact.architecture import BUILDABLE, CONTAINERS, build_layer, 
 from workbench.artifact.format import Reader
 from workbench.models import build
 from workbench.surgery import clone, replace_layer, weighted_layers
+from workbench.techniques import Quantization
 from workbench.weights import (
     FakeQuantize,
     InputQuantizer,
@@ -706,7 +707,7 @@ def test_a_real_limit_on_the_disk(tmp_path):
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(ArtifactError, match="cannot be written: .* unharmed"):
+        with pytest.raises(ArtifactError, match=r"cannot be written: .* unharmed"):
             save(own(), path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -725,3 +726,13 @@ def test_saving_through_a_link_keeps_the_link(tmp_path):
     (tmp_path / "link.wb").symlink_to(tmp_path / "real.wb")
     save(golden_model(), tmp_path / "link.wb")
     assert (tmp_path / "link.wb").is_symlink() and load(tmp_path / "real.wb") is not None
+
+
+def test_loading_like_a_compressed_model_leaves_that_model_whole(tmp_path):
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    x = torch.randn(4, 8)
+    small = Quantization(weight_bits=4).compress(net, x)
+    expected = small(x)
+    save(small, tmp_path / "small.wb")
+    assert torch.equal(load(tmp_path / "small.wb", like=small)(x), expected)
+    assert torch.equal(small(x), expected)

@@ -117,6 +117,27 @@ def weight_parametrizations(layer: nn.Module) -> list[nn.Module]:
     return list(layer.parametrizations.weight)
 
 
+def bake_weights(model: nn.Module) -> nn.Module:
+    """Make all weights plain tensors, in place: masks and rounding are applied once, and the parametrizations go.
+
+    Not `parametrize.remove_parametrizations`: deep copies share their class, and it would take the weight of the
+    model that they were copied from too.
+    """
+    for layer in model.modules():
+        if "parametrizations" in layer._modules:
+            _bake_layer(layer)
+    return model
+
+
+def _bake_layer(layer: nn.Module) -> None:
+    with torch.no_grad():
+        baked = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}
+    layer.__class__ = type(layer).__bases__[0]
+    del layer._modules["parametrizations"]
+    for name, value in baked.items():
+        layer.register_parameter(name, nn.Parameter(value))
+
+
 @dataclass(frozen=True)
 class WeightCode:
     """What a weight is made of: symbols and what they stand for.

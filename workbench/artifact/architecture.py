@@ -320,11 +320,8 @@ def _words(spec: Spec) -> str:
 
 def bare_copy(model: nn.Module) -> nn.Module:
     """Return a copy on the CPU without parametrizations and input quantizers."""
-    model = clone(model).cpu()
+    model = weights.bake_weights(clone(model).cpu())
     for layer in list(model.modules()):
-        if parametrize.is_parametrized(layer):
-            for name in list(layer.parametrizations):
-                parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
         if isinstance(getattr(layer, "input_quantizer", None), weights.InputQuantizer):
             del layer.input_quantizer
             for key in [k for k, hook in layer._forward_pre_hooks.items() if hook is weights._quantize_input]:

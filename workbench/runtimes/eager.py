@@ -7,31 +7,14 @@ from torch import Tensor, nn
 
 from workbench.runtimes.base import Prepared, Runtime
 from workbench.surgery import clone, weighted_layers
-from workbench.weights import FakeQuantize, InputQuantizer, weight_parametrizations
+from workbench.weights import FakeQuantize, InputQuantizer, bake_weights, weight_parametrizations
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 
 def bake(model: nn.Module) -> nn.Module:
-    """Return a copy whose weights are plain tensors: masks and rounding are applied once, not on every forward.
-
-    Not `parametrize.remove_parametrizations`: deep copies share their class, and it would delete the weight property
-    of the original model too.
-    """
-    model = clone(model)
-    for layer in model.modules():
-        if "parametrizations" in layer._modules:
-            _bake_layer(layer)
-    return model.requires_grad_(False)
-
-
-def _bake_layer(layer: nn.Module) -> None:
-    with torch.no_grad():
-        baked = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}
-    layer.__class__ = type(layer).__bases__[0]
-    del layer._modules["parametrizations"]
-    for name, value in baked.items():
-        layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    """Return a copy whose weights are plain tensors, so that no forward computes masks and rounding again."""
+    return bake_weights(clone(model)).requires_grad_(False)
 
 
 def is_fake_quantized(model: nn.Module) -> bool:
@@ -70,6 +53,4 @@ class Eager(Runtime):
         self.name, self.layout = name, layout
 
     def _prepare(self, model, example, threads):
-        prepared = PreparedEager(self, model, example, threads, self.layout)
-        prepared.compare(model, example)
-        return prepared
+        return PreparedEager(self, model, example, threads, self.layout)
