@@ -132,9 +132,9 @@ def measure(
 ) -> Iterator[list[Latency]]:
     """Time every model in turns, A B B A …, and yield all latencies so far after each block of calls.
 
-    Ends after `calls` calls of each, or after the first full round past `budget_s` seconds, six rounds at least.
-    Between two blocks the number of threads and the garbage collector are as they were, so the caller may draw, or
-    close the generator.
+    Ends after `calls` calls of each, rounded up to a full round; or after the first full round past `budget_s` seconds,
+    but not before six. Between two blocks the number of threads and the garbage collector are as they were, so the
+    caller may draw, or close the generator.
     """
     if not prepared or calls < 1:
         raise ValueError("measure needs at least one prepared model and one call.")

@@ -41,6 +41,9 @@ def threads(count: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
+using_threads = threads  # for those whose own argument is called threads
+
+
 class Prepared:
     """A model ready to run on a fixed example.
 
@@ -69,11 +72,10 @@ class Prepared:
         self.run()
         return (time.perf_counter_ns() - start) / 1e6
 
-    def compare(self, model: nn.Module, example: Tensor) -> None:
-        """Note how far the outputs are from those of `model` in torch eager."""
-        expected = outputs(model, example)
+    def compare(self, expected: Tensor) -> None:
+        """Note how far the outputs on the example are from those of torch eager."""
         largest = expected.abs().max().clamp_min(1e-12)
-        self.difference = float((self(example) - expected).abs().max() / largest)
+        self.difference = float((self(self.example) - expected).abs().max() / largest)
 
     def describe(self) -> str:
         """Say in one sentence what runs."""
@@ -98,10 +100,14 @@ class Runtime:
         if not here:
             raise RuntimeFailed(f"The runtime {self.name} cannot be used: {why_not}.")
         model = clone(model)  # in eval mode: a model in training would update its statistics and drop values
-        _check(model, example, threads)
+        if threads < 1 or len(example) < 1:
+            raise RuntimeFailed(f"Measuring takes at least one thread and one image, not {threads} and {len(example)}.")
         try:
-            with MEASURING, _quiet(), torch.inference_mode():
-                return self._prepare(model, example, threads)
+            with using_threads(threads), _quiet(), torch.inference_mode():
+                expected = _steady_outputs(model, example)
+                prepared = self._prepare(model, example, threads)
+                prepared.compare(expected)
+                return prepared
         except RuntimeFailed:
             raise
         except Exception as error:
@@ -127,14 +133,13 @@ def outputs(model: nn.Module, example: Tensor) -> Tensor:
     return result
 
 
-def _check(model: nn.Module, example: Tensor, threads: int) -> None:
+def _steady_outputs(model: nn.Module, example: Tensor) -> Tensor:
     """Run the model twice in eager, so that a mistake in the model is not taken for one of the runtime."""
-    if threads < 1 or len(example) < 1:
-        raise RuntimeFailed(f"Measuring takes at least one thread and one image, not {threads} and {len(example)}.")
     first, second = outputs(model, example), outputs(model, example)
     if first.shape != second.shape:
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
         raise RuntimeFailed(f"For one input the model gives outputs of changing shape, {shapes}; it cannot be timed.")
+    return first
 
 
 def _cause(error: Exception) -> str:

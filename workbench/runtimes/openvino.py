@@ -34,7 +34,7 @@ class PreparedOpenVINO(Prepared):
         self.model = clone(model).requires_grad_(False)
         self._requests = {}
         self._request = self._filled(example)
-        self.kernels = tuple(_kernels(self._request.get_compiled_model(), _calls(self.model, example)))
+        self.kernels = tuple(_kernels(self._request.get_compiled_model(), _calls(self.model, example), len(example)))
         self.precision = _summary([kernel.precision for kernel in self.kernels])
         self.note = self._note(is_fake_quantized(model))
 
@@ -77,9 +77,7 @@ class OpenVINO(Runtime):
         return True, ""
 
     def _prepare(self, model, example, threads):
-        prepared = PreparedOpenVINO(self, model, example, threads)
-        prepared.compare(model, example)
-        return prepared
+        return PreparedOpenVINO(self, model, example, threads)
 
 
 def _converted(model: nn.Module, example: Tensor):
@@ -124,27 +122,27 @@ def _compile(converted, threads: int):
 
 
 def _calls(model: nn.Module, example: Tensor) -> list[tuple[str, int]]:
-    """Return (layer, number of output values) of each call of a linear or convolution layer, in order."""
+    """Return (layer, number of output values) of each call of a linear or convolution layer on one image, in order."""
     calls, hooks = [], []
     for name, layer in weighted_layers(model):
         hook = lambda _layer, _args, output, name=name: calls.append((name, output.numel()))
         hooks.append(layer.register_forward_hook(hook))
     try:
-        model(example)
+        model(example[:1])
     finally:
         for hook in hooks:
             hook.remove()
     return calls
 
 
-def _kernels(compiled, calls: list[tuple[str, int]]) -> Iterator[Kernel]:
+def _kernels(compiled, calls: list[tuple[str, int]], batch: int) -> Iterator[Kernel]:
     """Read the multiplying layers of a compiled model, each named after the next torch layer with as many outputs."""
     waiting = list(calls)
     for node in compiled.get_runtime_model().get_ordered_ops():
         kind = _info(node, "layerType")
         if kind not in ("Convolution", "FullyConnected", "MatMul"):
             continue
-        size = math.prod(node.get_output_shape(0))
+        size = math.prod(node.get_output_shape(0)) // batch
         match = next((call for call in waiting if kind != "MatMul" and call[1] == size), None)
         if match:
             waiting.remove(match)
