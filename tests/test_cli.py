@@ -82,7 +82,7 @@ def test_wrong_use_is_one_sentence_and_exit_code_2(argv, says, capsys):
         (["train", "glyphs"], "no model called 'glyphs'"),
         (["sweep", "glyphs-cnn", "low-rank", "--values", "rang=1"], "--values takes SETTING=A,B,…"),
         (["sweep", "glyphs-cnn", "low-rank", "--values", "rank=0.1,9"], "it goes from 0.05 to 1.0"),
-        (["dashboard", "--notebooks", "nowhere"], "There are no notebooks at"),
+        (["dashboard", "--notebooks", "nowhere"], "There is no folder of notebooks at"),
     ],
 )
 def test_failures_are_one_sentence_and_exit_code_1(argv, says, capsys):
