@@ -112,7 +112,7 @@ def test_weighted_layers_come_in_order_and_can_be_replaced():
     new = nn.Linear(2, 5)
     replace_layer(model, "2.0", new)
     assert model[2][0] is new
-    with pytest.raises(AttributeError, match="no layer called '2.1'"):
+    with pytest.raises(AttributeError, match=r"no layer called '2\.1'"):
         replace_layer(model, "2.1", new)
 
 
