@@ -342,6 +342,23 @@ def test_an_example_of_the_wrong_shape_says_so():
         trace_channels(vgg_like(), torch.randn(2, 1, 8, 8))
 
 
+class Keyworded(nn.Module):
+    """Calls a layer in a way that the rules do not foresee."""
+
+    def __init__(self):
+        super().__init__()
+        self.free, self.conv, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(self.conv(input=self.free(x)).relu().mean((2, 3)))
+
+
+def test_an_unforeseen_call_keeps_its_channels():
+    model = Keyworded().eval()
+    trace = trace_channels(model, torch.randn(1, 3, 8, 8))
+    assert not trace.groups and {"free", "conv", "head"} == set(trace.skipped)
+
+
 def test_attention_is_kept_whole_and_the_rest_is_cut():
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     wrapped = nn.Sequential(nn.Linear(3, 8), model, nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 2)).eval()

@@ -78,8 +78,18 @@ class ChannelFollower(fx.Interpreter):
         result = super().run_node(n)
         if isinstance(result, (Tensor, torch.Size)):
             self.shapes[n] = tuple(result.shape) if isinstance(result, Tensor) else tuple(result)
-        self.known[n] = self._follow(n, args, kwargs, result)
+        try:
+            self.known[n] = self._follow(n, args, kwargs, result)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            self.known[n] = self._call_unforeseen(n)
         return result
+
+    def _call_unforeseen(self, n: fx.Node) -> None:
+        """An operation that is called in a way the rules do not foresee holds all channels it touches."""
+        for slot in self.slots:
+            if n.op == "call_module" and slot.layer == n.target:
+                self.names.pin(slot.names, f"they pass through {where(n)}, which is called in an unusual way")
+        return self._give_up(n)
 
     # ------------------------------------------------------------------ what each kind of node does
 
