@@ -21,7 +21,7 @@ FEWEST_ROUNDS = 6  # with five, all on one side of 1 is no 95 % proof: by chance
 BLOCK_MS = 12  # short, so that a panel can stop between two blocks, and a drift of the machine reaches everyone alike
 WARM_UP_MS = 100
 FLOOR = 0.03  # no smaller difference is claimed, however narrow the interval: where weights lie in memory makes as much
-NOISY_FLOOR = 0.1
+NOISY_FLOOR = 0.1  # where the times drifted while they were taken
 RESAMPLES = 2000
 _RUNS = itertools.count(1)
 
@@ -102,7 +102,7 @@ class Latency:
 class Ratio:
     """How many times faster than the baseline, with its 95 % interval; below 1 is slower.
 
-    `floor` is the smallest difference that the measurement could claim.
+    `floor` is the difference from 1 that the whole interval must exceed before anything is claimed.
     """
 
     value: float
@@ -111,9 +111,9 @@ class Ratio:
 
     @property
     def distinguishable(self) -> bool:
-        """False when the interval contains 1 or the difference is below the floor, faster and slower alike."""
+        """True when the whole interval lies further from 1 than the floor, faster and slower alike."""
         low, high = self.interval
-        return not low <= 1 <= high and abs(math.log(self.value)) >= math.log1p(self.floor)
+        return low > 1 + self.floor or high < 1 / (1 + self.floor)
 
     def to_dict(self) -> dict:
         return {"value": self.value, "interval": list(self.interval), "distinguishable": self.distinguishable}
