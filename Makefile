@@ -57,8 +57,8 @@ clean:
 # --- the environment: each stamp is made once, and again when pyproject.toml changes ---
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { \
-	  echo "The workbench needs Python 3.10 to 3.13 with its venv module, and found none."; \
+	@$(or $(PYTHON),false) -c '$(SUPPORTED)' 2>/dev/null || { \
+	  echo "The workbench needs Python 3.10 to 3.13 with its venv module, and found none$(if $(PYTHON), in $(PYTHON))."; \
 	  echo "Install it (Debian, Ubuntu: sudo apt install python3-venv; else https://www.python.org/downloads),"; \
 	  echo "or name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; } >&2
 	@echo "Creating $(VENV) with $$($(PYTHON) --version) ..."
