@@ -7,7 +7,7 @@ sum, a depthwise convolution or a flattening go together. What is left is an ord
 Settings: `sparsity`, the part of the channels removed. `criterion`, "l2" or "l1": the norm by which channels are
 compared, summed over all layers that the channel stands in. `scope` "layer" removes the same part everywhere;
 "global" compares channels over the whole model, each relative to the average of its own group. `round_to` leaves
-channel counts at multiples of 8 or 16, which kernels like. `recalibrate` measures BatchNorm statistics anew on 256
+channel counts at multiples of 8 or 16, which kernels like. `recalibrate` measures BatchNorm statistics anew on 128
 training images. `finetune`, epochs of training afterwards. One channel of each group, or one multiple, always stays.
 
 When it helps: everywhere at once. File, memory, multiply-adds and latency all fall on every runtime, since the
@@ -35,7 +35,7 @@ from workbench.technique import Technique, setting
 from workbench.techniques.pruning.magnitude import finite_weight
 from workbench.techniques.pruning.repair import finetune, recalibrate
 
-CALIBRATION_IMAGES = 256
+CALIBRATION_IMAGES = 128  # 512 gain less than a point more and cost four times the wait
 _POWERS = {"l1": 1, "l2": 2}
 
 
@@ -100,7 +100,7 @@ class ChannelPruning(Technique):
         if self.sparsity > 0:
             cut_channels(small, self.cuts(model, data))
             if self.recalibrate:
-                recalibrate(small, _calibration_batches(small, data))
+                recalibrate(small, _calibration_batches(model, data))
         return finetune(small, data, self.finetune, watch)
 
     def cuts(self, model: nn.Module, data: Any) -> list[tuple[ChannelGroup, Tensor]]:
@@ -164,6 +164,11 @@ def _calibration_batches(model: nn.Module, data: Any) -> list[Tensor]:
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     if not norms or not hasattr(data, "train"):
         return []
-    device = next(model.parameters()).device
-    sample = data.train.take(min(CALIBRATION_IMAGES, len(data.train)), seed=0)
-    return [images.to(device) for images, _ in sample.batches(64) if len(images) > 1]
+
+    def draw():
+        sample = data.train.take(CALIBRATION_IMAGES, seed=0)
+        first = next(model.parameters())
+        batches = [images.to(first.device, first.dtype) for images, _ in sample.batches(64) if len(images) > 1]
+        return data, batches  # holding the data keeps its id from being given to another
+
+    return remembered(model, ("calibration images", id(data)), draw)[1]
