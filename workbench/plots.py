@@ -7,12 +7,23 @@ own symbol or width too. Each figure carries a sentence for those who cannot see
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
+
+# plotly.io imports nbformat, and that jsonschema, which then builds grammars for addresses in other alphabets: more
+# than a second for a check that nobody asks for. jsonschema goes without where the package is missing.
+_hidden = "rfc3987_syntax" not in sys.modules
+if _hidden:
+    sys.modules["rfc3987_syntax"] = None
+import plotly.graph_objects as go  # noqa: E402
+import plotly.io  # noqa: E402, F401
+from plotly.subplots import make_subplots  # noqa: E402
+
+if _hidden:
+    del sys.modules["rfc3987_syntax"]
 
 BLUE, SKY, ORANGE, GREEN, VERMILLION, PURPLE = "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 GREY, GRID, INK = "#8a8a8a", "rgba(128,128,128,0.18)", "#3b3b3b"
@@ -331,22 +342,25 @@ def learning_curve(steps: Sequence, title: str = "Training") -> go.Figure:
 # --- the panel -----------------------------------------------------------------------------------------------------
 
 
+PANEL_TITLES = (
+    "accuracy over file size",
+    "bytes per layer",
+    "multiply-adds per layer",
+    "latency of single calls",
+    "training",
+)
+
+
 def panel_figure(
     layers: Sequence[str], recorded: Sequence = (), base_bytes: float = 1e6, trains: bool = False
 ) -> go.Figure:
-    """Return the figure of a panel, empty: trade-off, latency, bytes and multiply-adds per layer, and, if it `trains`, a learning curve.
+    """Return the figure of a panel, empty: trade-off, latency, bytes and multiply-adds per
+    layer, and, if it `trains`, a learning curve.
 
     Built once and then mutated: traces are found by their `uid` ("tradeoff-now", "bytes-baseline", "latency-now", …).
     """
     rows = 3 if trains else 2
     specs = [[{}, {"rowspan": 2}, {"rowspan": 2}], [{}, None, None], [{"colspan": 3, "secondary_y": True}, None, None]]
-    titles = [
-        "accuracy over file size",
-        "bytes per layer",
-        "multiply-adds per layer",
-        "latency of single calls",
-        "training",
-    ]
     figure = make_subplots(
         rows,
         3,
@@ -355,7 +369,7 @@ def panel_figure(
         row_heights=[0.62, 0.38, 0.4][:rows],
         horizontal_spacing=0.035,
         vertical_spacing=0.17 if not trains else 0.13,
-        subplot_titles=titles[: rows + 2],
+        subplot_titles=PANEL_TITLES[: rows + 2],
     )
     _add_tradeoff(figure, recorded, base_bytes)
     for col, kind in ((2, "bytes"), (3, "macs")):
@@ -363,7 +377,7 @@ def panel_figure(
             bars = _bars(layers, [0] * len(layers), role, size_text if kind == "bytes" else count_text)
             figure.add_trace(bars.update(uid=f"{kind}-{role}"), 1, col)
     for role in ("baseline", "now"):
-        figure.add_trace(_box([], role, role).update(uid=f"latency-{role}"), 2, 1)
+        figure.add_trace(_box([], role, role).update(uid=f"latency-{role}", visible=False), 2, 1)
     if trains:
         for trace, second in zip(learning_traces([]), (False, True), strict=True):
             name = "loss" if not second else "accuracy"
@@ -400,14 +414,17 @@ def _panel_look(figure: go.Figure, layers: Sequence[str], trains: bool) -> go.Fi
     figure.update_xaxes(rangemode="tozero", tickformat="~s", nticks=4, row=1, col=2)
     figure.update_xaxes(rangemode="tozero", tickformat="~s", nticks=4, row=1, col=3)
     figure.update_xaxes(title="milliseconds", range=[0, 1], row=2, col=1)
-    figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=["baseline", "now"], row=2, col=1)
+    figure.update_yaxes(autorange="reversed", type="category", categoryarray=["baseline", "now"], row=2, col=1)
     if trains:
         figure.update_xaxes(title="training step", range=[0, 100], row=3, col=1)
         figure.update_yaxes(title="loss", rangemode="tozero", row=3, col=1, secondary_y=False)
         figure.update_yaxes(title="accuracy, %", range=[0, 100], showgrid=False, row=3, col=1, secondary_y=True)
-    height = max(460, 150 + 20 * len(layers)) + (190 if trains else 0)
+    figure.update_yaxes(type="category", row=1, col=2).update_yaxes(type="category", row=1, col=3)
+    for title in figure.layout.annotations:  # at the left edge of its plot, where reading begins
+        title.update(x=_left(figure, title.text), xanchor="left")
+    height = max(440, 130 + 20 * len(layers)) + (190 if trains else 0)
     words = "Accuracy over bytes, bytes and multiply-adds per layer, and the latency of single calls."
-    _calm(figure, words, height, barmode="overlay", margin={"l": 58, "r": 12, "t": 64, "b": 44})
+    _calm(figure, words, height, barmode="overlay", margin={"l": 58, "r": 12, "t": 46, "b": 44})
     return figure.update_layout(
         legend={
             "orientation": "h",
@@ -418,8 +435,26 @@ def _panel_look(figure: go.Figure, layers: Sequence[str], trains: bool) -> go.Fi
             "itemsizing": "constant",
         },
         boxmode="overlay",
+        autotypenumbers="strict",  # a layer called "3" is a name, not a number
         uirevision="panel",
     )
+
+
+def without_training(layers: Sequence[str]) -> tuple[dict, dict]:
+    """Return the layout changes that hide the learning curve of a panel's figure, and those that show it again."""
+    changes = []
+    for shown in (False, True):
+        layout = panel_figure(layers, trains=shown).layout
+        change = {f"{axis}.domain": layout[axis].domain for axis in ("yaxis", "yaxis2", "yaxis3", "yaxis4")}
+        change |= {f"annotations[{i}].y": layout.annotations[i].y for i in range(4)}
+        change |= {f"{axis}.visible": shown for axis in ("xaxis5", "yaxis5", "yaxis6")}
+        changes.append({**change, "annotations[4].visible": shown, "height": layout.height})
+    return changes[0], changes[1]
+
+
+def _left(figure: go.Figure, title: str) -> float:
+    axes = ("xaxis", "xaxis2", "xaxis3", "xaxis4", "xaxis5")
+    return figure.layout[axes[PANEL_TITLES.index(title)]].domain[0]
 
 
 # --- close looks, for the notebooks --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from dataclasses import replace
@@ -21,6 +22,16 @@ from workbench.technique import Technique
 
 REST = 0.12  # seconds without a new value after which the slider counts as released
 FRAME = 0.1  # seconds between two drawings of progress
+
+
+class Figure(go.FigureWidget):
+    """A figure that tells a page which opens later what it shows now; plotly's own tells what it showed at first."""
+
+    def get_state(self, key=None, drop_defaults=False):
+        if key is None and "_layout_obj" in self.__dict__:
+            self._trait_values["_widget_data"] = copy.deepcopy(self._data)
+            self._trait_values["_widget_layout"] = copy.deepcopy(self._layout_obj._props)
+        return super().get_state(key, drop_defaults)
 
 
 class Panel(ipywidgets.VBox):
@@ -54,6 +65,7 @@ class Panel(ipywidgets.VBox):
         self._points: dict[tuple, Point] = {}
         self._history, self._at = [start], 0
         self._applying = False
+        self._notice = ""  # what was wrong with the page's address, until a control is moved
         self._training: list | None = None
         self._lock = threading.RLock()
         self._drawn = 0.0
@@ -70,7 +82,7 @@ class Panel(ipywidgets.VBox):
         names = [one.name for one in available_runtimes() if one.device == "cpu"]
         first = first_runtime if first_runtime in names else names[0]
         self.runtime = controls.choice("runtime", [(n, n) for n in names], first, "Where latency is measured")
-        self.preset = controls.choice("preset", [("choose …", None), *((n, n) for n in self.presets)], None)
+        self.preset = controls.choice("preset", [("choose …", ""), *((n, n) for n in self.presets)], "")
         self.undo_button = controls.button("↶ Undo", "Back to the setting before", self.undo, disabled=True)
         self.redo_button = controls.button("↷ Redo", "Forward again", self.redo, disabled=True)
         self.pin_button = controls.button("★ Pin", "Keep this point to compare others with it", self.pin)
@@ -95,7 +107,10 @@ class Panel(ipywidgets.VBox):
         recorded = self._recorded() if records is None else records
         weight = sum(4 * p.numel() for p in self.model.parameters())
         drawn = plots.panel_figure(layers, recorded, weight, self._can_train)
-        figure = go.FigureWidget(drawn)  # it gives its traces new uids
+        self._hide_training, self._show_training = plots.without_training(layers) if self._can_train else ({}, {})
+        if self._can_train and not self.kind.trains:
+            drawn.update_layout(self._hide_training)
+        figure = Figure(drawn)  # it gives its traces new uids
         figure._config = {**figure._config, **plots.CONFIG}
         self._traces = {trace.uid: mine for trace, mine in zip(drawn.data, figure.data, strict=True)}
         figure.add_class("wb-figure")
@@ -118,7 +133,7 @@ class Panel(ipywidgets.VBox):
         return (
             self.header,
             row("wb-knobs", *knobs),
-            row("wb-acts", *train, *acts),
+            row("wb-acts", *acts, *train),
             self.alert,
             self.tiles,
             self.figure,
@@ -167,12 +182,13 @@ class Panel(ipywidgets.VBox):
 
     def _changed(self, _change=None) -> None:
         if not self._applying:
+            self._notice = ""
             self._submit()
 
     def _preset_chosen(self, change) -> None:
-        if change["new"] is not None:
+        if change["new"]:
             self.set(**self.presets[change["new"]])
-            self.preset.value = None
+            self.preset.value = ""
 
     def _opened_with(self, change) -> None:
         """Take over the settings that the page's address names; say which of them do not fit."""
@@ -182,7 +198,7 @@ class Panel(ipywidgets.VBox):
                 if name in self.knobs:
                     found[name] = controls.parse(self.knobs[name], text)
             except ValueError as error:
-                self._say(f"The address of this page is out of date: {error}")
+                self._notice = f"The address of this page does not fit: {error}"
         self.set(**{n: v for n, v in found.items() if controls.reachable(self.knobs[n], v)})
 
     def _commit(self, values: dict) -> None:
@@ -262,7 +278,7 @@ class Panel(ipywidgets.VBox):
 
     def _show(self, values: dict, name: str, rest: float, stale) -> Steps:
         """Weigh at once, and measure when no newer setting has come for `rest` seconds."""
-        self._say("")
+        self._say(self._notice)
         self._find_baseline()
         technique = self.kind(**values)
         self.point = self._known(technique)
@@ -283,32 +299,23 @@ class Panel(ipywidgets.VBox):
         return measure.weigh(title, technique, model, self._example, self._layers)
 
     def _known(self, technique: Technique) -> Point | None:
-        """Return the point of these settings: measured before, shipped, or compressed now; None if it must be trained."""
+        """Return the point of these settings: known, shipped, or compressed now; None if it must be trained first."""
         key = tuple(technique.values().values())
         if key not in self._points:
-            made = self._made(technique)
-            if made is None:
-                return None
-            self._remember(key, made)
+            must_train = technique.trains or bool(technique.values().get("finetune"))
+            model = technique.recall(self.model) if must_train else technique.compress(self.model, self.data)
+            if model is None:
+                return None if technique.trains else self._known(replace(technique, finetune=0))
+            self._points[key] = self._weigh(self._title(technique), technique, model)
         return self._points[key]
 
-    def _made(self, technique: Technique) -> Point | None:
-        if technique.trains or technique.values().get("finetune"):
-            model = technique.recall(self.model)
-            if model is not None:
-                return self._weigh(self._title(technique), technique, model)
-            if "finetune" in self.knobs and not technique.trains:
-                return self._known(replace(technique, finetune=0))
-            return None
-        return self._weigh(self._title(technique), technique, technique.compress(self.model, self.data))
-
-    def _remember(self, key: tuple, point: Point) -> None:
-        self._points[key] = point
-
     def _title(self, technique: Technique) -> str:
-        """Name the settings that differ from the defaults, and every number: "rank 0.25"."""
-        numbers = [k for k in self.knobs.values() if k.is_number or getattr(technique, k.name) != k.default]
-        return ", ".join(f"{k.label} {controls.word(getattr(technique, k.name))}" for k in numbers) or self.kind.title()
+        """Name the settings that say something: numbers with an effect, and choices other than the default."""
+        values = technique.values()
+        said = [k for k in self.knobs.values() if values[k.name] != (k.neutral if k.is_number else k.default)]
+        return (
+            ", ".join(f"{k.label} {controls.word(values[k.name])}" for k in said) or f"{self.kind.title()}, no effect"
+        )
 
     def _measure(self, point: Point, name: str, stale) -> Steps:
         """Count accuracy, then time; results appear as they come."""
@@ -374,7 +381,7 @@ class Panel(ipywidgets.VBox):
         point.steps = steps
         if steps and steps[-1].step < steps[-1].steps:
             point.note = f"stopped after {steps[-1].step:,} of {steps[-1].steps:,} steps"
-        self._remember(tuple(technique.values().values()), point)
+        self._points[tuple(technique.values().values())] = point
         yield
         self.point = point
         self._draw()
@@ -426,6 +433,7 @@ class Panel(ipywidgets.VBox):
             hint = self._hint()
             self.train_button.description = "Train it here" if self.kind.trains else "Fine-tune it here"
             self.train_button.disabled = not hint or self._training is not None
+            self.train_button.layout.visibility = "hidden" if self.train_button.disabled else "visible"
             name, now, base, pinned = self.runtime.value, self.point, self.baseline, self.pinned
             self.tiles.html = words.tiles(now, base, pinned, name, self._gpu)
             self._draw_figure(name)
@@ -459,7 +467,7 @@ class Panel(ipywidgets.VBox):
         if not seen:
             return
         axes = self.figure.layout
-        low, high = axes.yaxis.range
+        low = axes.yaxis.range[0]
         wanted = plots.accuracy_range([p.accuracy.percent for p in seen], low + 0.5)
         if wanted[0] < low:
             axes.yaxis.range = wanted
@@ -479,7 +487,7 @@ class Panel(ipywidgets.VBox):
         pairs = {"baseline": timing and timing.baseline, "now": timing and timing.now}
         samples = {role: list(latency.samples_ms[-200:]) if latency else [] for role, latency in pairs.items()}
         for role, ms in samples.items():
-            self._traces[f"latency-{role}"].update(x=ms, y=[role] * len(ms))
+            self._traces[f"latency-{role}"].update(x=ms, y=[role] * len(ms), visible=bool(ms))
         if any(samples.values()):
             self.figure.layout.xaxis4.range = plots.latency_range(*samples.values())
 
@@ -489,4 +497,5 @@ class Panel(ipywidgets.VBox):
             kind = "loss" if trace.name == "loss" else "accuracy"
             self._traces[f"training-{kind}"].update(x=trace.x, y=trace.y)
         if steps:
+            self.figure.update_layout(self._show_training)
             self.figure.layout.xaxis5.range = [0, steps[-1].steps]

@@ -1,4 +1,4 @@
-"""The controls of a panel, made from the settings that a technique declares, and the small pieces of page around them."""
+"""The controls of a panel, made from the settings that a technique declares, and the pieces of page around them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Number(anywidget.AnyWidget):
 
 
 class View(anywidget.AnyWidget):
-    """A piece of page: `html` is drawn as it is; `kind` is its class, `role` and `live` tell screen readers about it."""
+    """A piece of page: `html` is drawn as it is; `kind` is its class, `role` and `live` are for screen readers."""
 
     _esm = _text("view.js")
     _css = _text("style.css")

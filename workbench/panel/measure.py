@@ -136,7 +136,7 @@ def time_point(point: Point, baseline: Point, name: str, example: Tensor) -> Ite
     yield None
     best = reference
     if reference.device == "cpu":
-        for best in best_fp32(baseline.model, example):
+        for best in best_fp32(baseline.model, example):  # noqa: B007
             yield None
     timing = point.timings[name] = Timing(name, mine.precision, mine.note)
     runners = [reference, mine] if best is reference else [reference, mine, best]
@@ -162,7 +162,7 @@ def best_fp32(model: nn.Module, example: Tensor) -> Iterator[Prepared | None]:
                 runners.append(prepared)
             yield None
         taken = []
-        for taken in measure(runners, 20, 0.3):
+        for taken in measure(runners, 20, 0.3):  # noqa: B007
             yield None
         found["name"] = min(taken, key=lambda latency: latency.median_ms).runtime
     yield _prepared_baseline(model, example, found["name"])

@@ -9,7 +9,7 @@ function render({ model, el }) {
   const digits = (String(step).split(".")[1] || "").length;
   const show = (v) => String(+(+v).toFixed(Math.max(digits, 4)));
 
-  el.classList.add("wb-number");
+  el.classList.add("wb-dial");
   label.textContent = name;
   label.htmlFor = id;
   label.title = model.get("help");

@@ -106,15 +106,15 @@ def compare_accuracies(gap: Difference | None) -> tuple[str, str]:
     return mood, f"{arrow} {abs(gap.points):.1f} points {word} ({low:.1f}–{high:.1f})"
 
 
-def compare_ratio(ratio, than: str) -> tuple[str, str]:
-    """Return (mood, words) of a ratio "times faster" against what `than` names."""
+def compare_ratio(ratio) -> tuple[str, str]:
+    """Return (mood, words) of a ratio "times faster"."""
     if ratio is None:
         return "none", DASH
     if not ratio.distinguishable:
-        return "same", f"{SAME} from {than}"
+        return "same", SAME
     if ratio.value >= 1:
-        return "good", f"▼ {times(ratio.value)} faster than {than}"
-    return "bad", f"▲ {times(1 / ratio.value)} slower than {than}"
+        return "good", f"▼ {times(ratio.value)} faster"
+    return "bad", f"▲ {times(1 / ratio.value)} slower"
 
 
 def speed(timing: Timing | None):
@@ -177,14 +177,22 @@ def _accuracy(now, baseline, pinned) -> str:
     return tile("accuracy", title, f"{now.accuracy.percent:.1f}", unit, lines, note)
 
 
+def _against_best(timing: Timing) -> tuple[str, str]:
+    """Compare with the best fp32 runtime, which may be the one of the line above."""
+    if not timing.best or not timing.best.calls:
+        return "none", "&nbsp;"
+    if timing.best is timing.baseline:
+        return "none", f"{escape(timing.runtime)} is the best fp32 here"
+    mood, said = compare_ratio(compare(timing.now, timing.best))
+    return mood, f'{said} <span class="wb-than">vs {escape(timing.best.runtime)}</span>'
+
+
 def _latency(kind: str, title: str, name: str, now: Point | None, pinned: Point | None) -> str:
     timing = now and now.timings.get(name)
     if not timing or not timing.now or not timing.now.calls:
         return tile(kind, title, DASH, "ms", [("none", DASH), ("none", DASH), _pin(None)], escape(name))
-    lines = [compare_ratio(speed(timing), "baseline here")]
-    if timing.best and timing.best.calls:
-        than = f"best fp32 ({timing.best.runtime})"
-        lines.append(compare_ratio(compare(timing.now, timing.best), than))
+    lines = [compare_ratio(speed(timing))]
+    lines.append(_against_best(timing))
     other = pinned and pinned is not now and pinned.timings.get(name)
     # Times of separate runs are shown side by side; no claim is made about their ratio.
     lines.append(_pin(("none", f"{milliseconds(other.now.median_ms)} ms") if other and other.now else None))
@@ -340,8 +348,8 @@ def _taken(name: str, point: Point, shown: list[Point]):
 
 
 def _layer_table(now: Point | None, baseline: Point) -> str:
-    head = "<th scope=col>layer</th><th scope=col>bytes before</th><th scope=col>after</th>"
-    head += "<th scope=col>parameters before</th><th scope=col>after</th><th scope=col>multiply-adds before</th><th scope=col>after</th>"
+    names = [f"{what} {when}" for what in ("bytes", "parameters", "multiply-adds") for when in ("before", "after")]
+    head = "".join(f"<th scope=col>{name}</th>" for name in ("layer", *names))
     kinds = ("layer_bytes", "layer_parameters", "layer_macs")
     rows = []
     for name in baseline.layer_bytes:

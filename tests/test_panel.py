@@ -1,0 +1,384 @@
+"""The panel without a browser: controls are moved, the worker is awaited, and what the page would show is read."""
+
+import re
+import threading
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+import toy
+
+import workbench as wb
+from workbench.panel import panel
+from workbench.panel.worker import Worker
+from workbench.surgery import clone
+from workbench.technique import Technique, setting
+
+
+@pytest.fixture(scope="module")
+def model():
+    return toy.model()
+
+
+@pytest.fixture(scope="module")
+def data():
+    return toy.data()
+
+
+@pytest.fixture
+def opened(model, data):
+    """Return a function that opens a panel; every panel is closed at the end."""
+    made = []
+
+    def open_one(technique=wb.LowRank, mine=model, images=data, **options):
+        made.append(panel(technique, mine, images, records=[], runtime="eager", **options))
+        assert made[-1].wait_idle()
+        return made[-1]
+
+    yield open_one
+    for one in made:
+        one.close()
+
+
+def trace(shown, name):
+    return shown._traces[name]
+
+
+def number(shown, tile):
+    """Return the large number of a tile."""
+    section = shown.tiles.html.split(f'data-tile="{tile}"')[1]
+    return re.search(r'wb-number-shown">([\d.,]+)<', section)[1]
+
+
+# --- one setting ---------------------------------------------------------------------------------------------------
+
+
+def test_slider_changes_tiles_figure_and_words(opened):
+    shown = opened()
+    before = number(shown, "size")
+    shown.controls["rank"].value = 0.2
+    assert shown.wait_idle()
+    assert shown.state == "done"
+    exact = wb.ledger(wb.LowRank(rank=0.2).compress(shown.model)).total_bytes
+    assert number(shown, "size") == f"{exact / 1000:,.1f}" != before
+    assert number(shown, "accuracy") == f"{shown.point.accuracy.percent:.1f}"
+    assert list(trace(shown, "tradeoff-now").x) == [exact]
+    assert sum(trace(shown, "bytes-now").x) == exact
+    assert len(trace(shown, "latency-now").x) > 0
+    assert "rank 0.2" in shown.words.html and "eager" in shown.tiles.html
+    assert f"{exact:,}" in shown.table.html
+
+
+def test_accuracy_is_that_of_evaluate(opened, data):
+    shown = opened()
+    assert shown.point.accuracy == wb.evaluate(shown.point.model, data.val)
+
+
+def test_model_is_not_touched(opened, model):
+    before = [p.clone() for p in model.parameters()]
+    opened().controls["rank"].value = 0.1
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_callback_returns_at_once(opened):
+    shown = opened()
+    times = []
+    for value in (0.2, 0.3, 0.4, 0.5, 0.6):
+        start = time.perf_counter()
+        shown.controls["rank"].value = value
+        times.append(time.perf_counter() - start)
+    assert sorted(times)[2] < 0.01  # about 0.2 ms; the bound only rules out work in the callback
+    assert shown.wait_idle()
+
+
+def test_drag_measures_at_most_twice_and_shows_the_last_value(opened):
+    shown = opened()
+    before = shown.measurements
+    for i in range(50):
+        shown.controls["rank"].value = round(0.05 + 0.015 * i, 3)
+        time.sleep(0.004)
+    assert shown.wait_idle()
+    assert shown.measurements - before <= 2
+    assert shown.point.technique.rank == pytest.approx(0.785)
+
+
+def test_a_setting_seen_before_is_not_measured_again(opened):
+    shown = opened()
+    shown.controls["rank"].value = 0.2
+    shown.wait_idle()
+    first, count = shown.point, shown.measurements
+    shown.controls["rank"].value = 0.4
+    shown.wait_idle()
+    shown.controls["rank"].value = 0.2
+    shown.wait_idle()
+    assert shown.point is first and shown.measurements == count + 1
+
+
+def test_number_box_takes_values_between_the_steps(opened):
+    shown = opened()
+    shown.controls["rank"].value = 0.333
+    shown.wait_idle()
+    assert shown.point.technique.rank == 0.333
+
+
+def test_equal_models_are_not_distinguishable(opened):
+    shown = opened()
+    shown.controls["rank"].value = 1.0
+    shown.wait_idle()
+    assert "≈ not distinguishable" in shown.tiles.html
+    assert "points more" not in shown.tiles.html
+
+
+# --- stop, errors, late results ------------------------------------------------------------------------------------
+
+
+def test_stop_answers_at_once_and_keeps_what_is_known(opened, model):
+    shown = opened(images=toy.data(val=40_000))
+    shown.controls["rank"].value = 0.3
+    wait_for(lambda: shown.state == "measuring" and shown.point.accuracy)
+    start = time.perf_counter()
+    shown.stop()
+    assert time.perf_counter() - start < 0.3
+    assert shown.state == "stopped" and "stopped" in shown.status.html
+    assert shown.wait_idle()
+    assert shown.state == "stopped" and not shown.point.exact
+    assert "so far" in shown.tiles.html
+
+
+def test_newer_setting_stops_the_older_one(opened):
+    shown = opened(images=toy.data(val=40_000))
+    shown.controls["rank"].value = 0.3
+    wait_for(lambda: shown.state == "measuring" and shown.point.accuracy and shown.point.technique.rank == 0.3)
+    old = shown.point
+    shown.controls["rank"].value = 0.6
+    assert shown.wait_idle(120)
+    assert not old.exact and shown.point.technique.rank == 0.6 and shown.point.exact
+
+
+@dataclass(frozen=True)
+class Breaking(Technique):
+    """Fails above a half."""
+
+    amount: float = setting(0.0, low=0.0, high=1.0, step=0.1, neutral=0.0)
+    kind: str = setting("plain", choices=("plain", "other"))
+
+    def compress(self, model, data=None, watch=None):
+        if self.amount > 0.5:
+            raise ValueError("Layer 'conv1' holds NaN; train the model again first.")
+        if self.kind == "other":
+            raise KeyError("conv9")
+        return clone(model)
+
+
+def test_error_is_one_sentence_and_the_panel_lives_on(opened):
+    shown = opened(Breaking)
+    shown.controls["amount"].value = 0.8
+    shown.wait_idle()
+    assert "Layer &#x27;conv1&#x27; holds NaN" in shown.alert.html and shown.alert.role == "alert"
+    assert shown.state == "failed"
+    shown.controls["amount"].value = 0.2
+    shown.wait_idle()
+    assert shown.alert.html == "" and shown.state == "done"
+    shown.controls["kind"].value = "other"
+    shown.wait_idle()
+    assert "KeyError" in shown.alert.html
+
+
+def test_worker_drops_what_became_old():
+    seen, errors, gate = [], [], threading.Event()
+    worker = Worker(errors.append)
+
+    def job(name):
+        def steps(stale):
+            seen.append(name)
+            yield
+            gate.wait(5)
+            yield
+            seen.append(name + " late")
+
+        return steps
+
+    worker.submit(job("first"))
+    wait_for(lambda: seen)
+    worker.submit(job("second"))
+    worker.submit(job("third"))
+    gate.set()
+    assert worker.wait_idle(10)
+    worker.close()
+    assert seen == ["first", "third", "third late"] and not errors
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.002)
+
+
+# --- undo, presets, pin, address -----------------------------------------------------------------------------------
+
+
+def test_undo_and_redo(opened):
+    shown = opened()
+    for value in (0.2, 0.4):
+        shown.controls["rank"].value = value
+        shown.wait_idle()
+    shown.undo()
+    shown.wait_idle()
+    assert shown.values["rank"] == 0.2 and not shown.redo_button.disabled
+    shown.undo()
+    shown.wait_idle()
+    assert shown.values["rank"] == 0.5 and shown.undo_button.disabled
+    shown.redo()
+    shown.wait_idle()
+    assert shown.values["rank"] == 0.2
+    shown.controls["rank"].value = 0.9
+    shown.wait_idle()
+    assert shown.redo_button.disabled
+
+
+def test_drag_is_one_step_of_undo(opened):
+    shown = opened()
+    for i in range(20):
+        shown.controls["rank"].value = 0.1 + 0.01 * i
+    shown.wait_idle()
+    shown.undo()
+    shown.wait_idle()
+    assert shown.values["rank"] == 0.5
+
+
+def test_presets_reach_both_ends(opened):
+    shown = opened()
+    for name, rank in (("strongest", 0.05), ("gentlest", 1.0), ("as opened", 0.5)):
+        shown.preset.value = name
+        shown.wait_idle()
+        assert shown.values["rank"] == rank and shown.values["finetune"] == 0
+
+
+def test_pin_compares_and_lets_go(opened):
+    shown = opened()
+    shown.pin()
+    shown.controls["rank"].value = 0.2
+    shown.wait_idle()
+    assert "vs pinned" in shown.tiles.html and len(trace(shown, "tradeoff-pinned").x) == 1
+    shown.pin()
+    shown.pin()
+    assert "vs pinned" not in shown.tiles.html
+
+
+def test_address_holds_the_settings(opened):
+    shown = opened()
+    shown.controls["rank"].value = 0.2
+    shown.wait_idle()
+    assert shown.address.settings["rank"] == "0.2"
+    assert eval(shown.address.code) == wb.LowRank(rank=0.2)
+    shown.address.found = {"rank": "0.7", "finetune": "0", "unknown": "1"}
+    shown.wait_idle()
+    assert shown.values["rank"] == 0.7
+
+
+def test_address_out_of_range_is_told(opened):
+    shown = opened()
+    shown.address.found = {"rank": "7"}
+    shown.wait_idle()
+    assert shown.values["rank"] == 0.5
+    assert "rank is 7" in shown.alert.html
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Growing(Technique):
+    """Trains for fifty steps; width 0.5 is shipped."""
+
+    trains: ClassVar[bool] = True
+    width: float = setting(0.5, low=0.25, high=1.0, step=0.25, neutral=1.0)
+
+    def recall(self, model):
+        return clone(model) if self.width == 0.5 else None
+
+    def compress(self, model, data=None, watch=None):
+        for i in range(1, 51):
+            time.sleep(0.01)
+            accuracy = wb.Accuracy(i, 100) if i % 10 == 0 else None
+            if watch is not None and watch(wb.Step(i, 50, 0, 1 / i, accuracy, 0.01)) is False:
+                break
+        return clone(model)
+
+
+def test_shipped_student_is_shown_at_once_and_others_ask_for_training(opened):
+    shown = opened(Growing)
+    assert shown.point is not None and shown.train_button.disabled
+    shown.controls["width"].value = 0.75
+    shown.wait_idle()
+    assert shown.point is None and not shown.train_button.disabled
+    assert "press Train it here" in shown.words.html
+
+
+def test_training_draws_a_curve_and_shows_the_student(opened):
+    shown = opened(Growing)
+    shown.controls["width"].value = 0.75
+    shown.wait_idle()
+    shown.train()
+    wait_for(lambda: len(trace(shown, "training-loss").x) > 3)
+    assert shown.state == "training" and "/50" in shown.status.html
+    assert shown.wait_idle()
+    assert shown.point.technique.width == 0.75 and shown.point.exact
+    assert list(trace(shown, "training-accuracy").y)[-1] == 50.0
+
+
+def test_stop_keeps_the_student_so_far(opened):
+    shown = opened(Growing)
+    shown.controls["width"].value = 0.25
+    shown.wait_idle()
+    shown.train()
+    wait_for(lambda: shown.state == "training")
+    shown.stop()
+    assert shown.state == "stopped"
+    assert shown.wait_idle()
+    assert shown.point.technique.width == 0.25 and "stopped after" in shown.point.note and shown.point.exact
+
+
+def test_fine_tuning_waits_for_its_button(opened):
+    shown = opened()
+    shown.controls["finetune"].value = 2
+    shown.wait_idle()
+    assert shown.point.technique.finetune == 0
+    assert "Fine-tune it here" in shown.words.html and not shown.train_button.disabled
+
+
+# --- report --------------------------------------------------------------------------------------------------------
+
+
+def test_report_measures_the_test_images_once(opened, data):
+    shown = opened()
+    assert shown.point.test is None
+    shown.report()
+    shown.wait_idle()
+    assert shown.point.test == wb.evaluate(shown.point.model, data.test)
+    assert "test" in shown.report_view.html and f"{shown.point.test.percent:.2f}" in shown.report_view.html
+
+
+def test_page_that_opens_later_sees_the_figure_as_it_is(opened):
+    state = opened().figure.get_state()
+    assert all(len(bar["x"]) for bar in state["_widget_data"] if bar["type"] == "bar")
+
+
+@pytest.mark.parametrize("technique", [wb.LowRank, wb.MagnitudePruning, wb.ChannelPruning, wb.Quantization])
+def test_every_technique_has_a_panel(opened, technique):
+    shown = opened(technique)
+    assert shown.state == "done", shown.alert.html
+
+
+def test_what_does_not_help_is_said(opened):
+    shown = opened(wb.MagnitudePruning)
+    shown.controls["sparsity"].value = 0.9
+    shown.wait_idle()
+    timing = shown.point.timings["eager"]
+    if not timing.now.noisy:
+        assert "save bytes, not time" in shown.words.html or "faster" in shown.words.html
+    quantized = opened(wb.Quantization)
+    assert "simulated" in quantized.words.html
