@@ -11,6 +11,7 @@ A setting is declared once. Validation, slider, label, command-line flag and the
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -185,9 +186,7 @@ class Pipeline(Technique):
 
     def compress(self, model, data=None, watch=None):
         """Return the model after all stages; an empty pipeline returns an untouched copy."""
-        from workbench.surgery import clone
-
-        model = clone(model)
+        model = copy.deepcopy(model).eval()
         for stage in self.stages:
             model = stage.compress(model, data, watch)
         return model
