@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 from workbench.techniques.pruning import ChannelPruning, MagnitudePruning, magnitude_mask
 from workbench.techniques.pruning.channel import channel_importance, global_sparsities, kept_count, strongest
 from workbench.techniques.pruning.magnitude import global_magnitude_mask
-from workbench.techniques.pruning.repair import recalibrate
+from workbench.techniques.repair import recalibrate
 from workbench.weights import FakeQuantize, Mask, parametrize_weight, sparsity, weight_parametrizations
 
 torch.set_num_threads(1)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from workbench.surgery import clone, remembered, replace_layer, weighted_layers
 from workbench.technique import Technique, setting
-from workbench.techniques.pruning.repair import finetune
+from workbench.techniques.repair import finetune
 
 Factors = tuple[Tensor, Tensor, Tensor]
 

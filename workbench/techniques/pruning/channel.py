@@ -33,7 +33,7 @@ from workbench.surgery import ChannelTrace, clone, cut_channels, remembered, tra
 from workbench.surgery.channels import ChannelGroup
 from workbench.technique import Technique, setting
 from workbench.techniques.pruning.magnitude import finite_weight
-from workbench.techniques.pruning.repair import finetune, recalibrate
+from workbench.techniques.repair import finetune, recalibrate
 
 CALIBRATION_IMAGES = 128  # 512 gain less than a point more and cost four times the wait
 _POWERS = {"l1": 1, "l2": 2}

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from workbench.surgery import clone, remembered, weighted_layers
 from workbench.technique import Technique, setting
-from workbench.techniques.pruning.repair import finetune
+from workbench.techniques.repair import finetune
 from workbench.weights import Mask, parametrize_weight, weight_parametrizations
 
 
