@@ -5,6 +5,7 @@
   const progress = document.getElementById("wb-progress");
 
   const say = (sentence) => { status.hidden = false; text.textContent = sentence; };
+  const stop = (sentence) => { say(sentence); status.classList.add("wb-stopped"); };
   const done = () => { status.hidden = true; document.body.dataset.ready = "true"; };
 
   // Voilà calls these by name while it streams the cells and when its own script has taken over.
@@ -16,7 +17,9 @@
   };
   window.update_loading_text = (cell, cells, sentence) => (sentence ? say(sentence) : window.voila_process(cell, cells));
   window.display_cells = () => {};
+  let finished = false;
   window.voila_finish = () => {
+    finished = true;
     progress.removeAttribute("value");
     const outputs = [...document.querySelectorAll('script[type="application/vnd.voila.cell-output+json"]')];
     const widgets = outputs.some((output) => output.textContent.includes("application/vnd.jupyter.widget-view+json"));
@@ -53,10 +56,12 @@
   };
   const check = async () => {
     if (document.body.dataset.ready !== "true" || document.hidden || (await kernelIsThere())) return;
-    say("This page's kernel has ended, so its sliders no longer measure. Reload the page to start again.");
-    status.classList.add("wb-stopped");
+    stop("This page's kernel has ended, so its sliders no longer measure. Reload the page to start again.");
     clearInterval(timer);
   };
+  document.addEventListener("DOMContentLoaded", () => {
+    if (!finished) stop("The server stopped before this page was whole. Start it again, and reload the page.");
+  });
   const timer = setInterval(check, 20000);
   document.addEventListener("visibilitychange", check);
   window.addEventListener("pageshow", check);
