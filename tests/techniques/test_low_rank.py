@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import workbench as wb
-from workbench.techniques.low_rank import truncated_svd
+from workbench.techniques.low_rank.svd import _cut, _factors, kept_rank, second_moments, truncated_svd
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
@@ -76,3 +76,46 @@ def test_a_trained_weight_that_changes_is_decomposed_anew():
     second = wb.LowRank(rank=0.1).compress(model)
     x = torch.randn(2, 20)
     assert torch.allclose(second(x) - model[0].bias, 2 * (first(x) - model[0].bias), atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0.1, 0.4])
+def test_objective_outputs_reaches_the_least_error_of_outputs_that_there_is(rank):
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(20, 16, bias=False).double()
+    x = torch.randn(400, 20, generator=generator).double() @ torch.diag(torch.logspace(0, -2, 20).double())
+    kept = kept_rank(layer, rank)
+    exact = layer.weight.detach() @ x.T
+    least = torch.linalg.svdvals(exact)[kept:].square().sum()  # Eckart and Young, for the outputs themselves
+
+    def error(moment):
+        left, right = _cut(_factors(layer.weight.detach(), moment), kept)
+        return (exact - left.double() @ right.double() @ x.T).square().sum()
+
+    assert torch.isclose(error(x.T @ x / 400), least, rtol=0.02)
+    assert error(None) > 1.5 * least
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(12, 8), nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(3, 8, (3, 2), dilation=2, bias=False)],
+    ids=str,
+)
+def test_second_moments_see_exactly_what_the_weight_is_multiplied_with(layer):
+    x = torch.randn((6, 12) if isinstance(layer, nn.Linear) else (6, 3, 9, 10))
+    moment = second_moments(nn.Sequential(layer), [x])["0"]
+    weight = layer.weight.detach().double().flatten(1)
+    output = layer(x).detach().double()
+    output = output if layer.bias is None else output - layer.bias.double().view(1, -1, *[1] * (output.dim() - 2))
+    values = output.movedim(1, 0).flatten(1)
+    assert torch.allclose(weight @ moment @ weight.T, values @ values.T / values.shape[1], atol=1e-4)
+
+
+def test_factors_of_a_trained_network_keep_more_when_they_fit_its_outputs():
+    glyphs, model = wb.load_data("glyphs"), wb.load_model("glyphs-cnn")
+    right = {
+        objective: wb.evaluate(
+            wb.LowRank(rank=0.5, objective=objective, recalibrate=False).compress(model, glyphs), glyphs.val
+        ).value
+        for objective in ("outputs", "weights")
+    }
+    assert right["outputs"] > right["weights"] + 0.2

@@ -6,16 +6,18 @@ factors with r·(m + n) numbers instead of m·n. A convolution becomes one with 
 followed by a 1×1 convolution.
 
 Settings: `rank`, the part of the full rank that is kept in every layer. A layer whose two factors would hold more
-numbers than it has now is left alone. `finetune`, epochs of training afterwards.
+numbers than it has now is left alone. `objective` says what is approximated: "weights", or the layer's "outputs" on 128
+training images, where directions that the inputs hardly use cost nothing. `recalibrate` measures the statistics of
+BatchNorm anew. `finetune`, epochs of training afterwards.
 
-When it helps: wide layers whose singular values fall off quickly: fully connected layers, and convolutions with many
-channels. The factors are dense, so every runtime gains.
+When it helps: wide layers whose inputs or weights use few directions: fully connected layers, and convolutions with
+many channels. The factors are dense, so every runtime gains.
 
 When it does not: small layers and 1×1 convolutions of few channels gain nothing, since two kernels must be launched and
-an intermediate result written where there was one. Convolutions of a compact network have nearly full rank; without
-fine-tuning their accuracy falls early.
+an intermediate result written where there was one. The weights of a compact convolutional network have nearly full
+rank: with the objective "weights" its accuracy falls at once, and below some rank with either.
 
-Source: Denton et al., 2014, arXiv:1404.0736; for convolutions Zhang et al., 2015, arXiv:1505.06798.
+Sources: Denton et al., 2014, arXiv:1404.0736; for outputs Zhang et al., 2015, arXiv:1505.06798.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.surgery import clone, remembered, replace_layer, weighted_layers
 from workbench.technique import Technique, setting
-from workbench.techniques.repair import finetune
+from workbench.techniques.repair import calibration_batches, finetune, recalibrate
 
 Factors = tuple[Tensor, Tensor, Tensor]
 
@@ -88,8 +91,64 @@ def factored(layer: nn.Module, left: Tensor, right: Tensor) -> nn.Sequential:
     return pair.train(layer.training)
 
 
-def _all_factors(model: nn.Module) -> dict[str, Factors]:
-    """Decompose the weight of every layer that can be factored; float32 (m, k), (k,), (k, n) by layer name."""
+def second_moments(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
+    """Return the mean of x·xᵀ over all inputs x that each layer's weight is multiplied with; float64 (n, n) by name.
+
+    For a convolution, x is the patch under the kernel. Layers other than linear ones and zero-padded 2-D convolutions
+    are left out.
+    """
+    sums, counts = {}, {}
+
+    def hook(name):
+        def add(layer, args):
+            rows = _rows(layer, args[0].detach())
+            sums[name] = sums.get(name, 0) + (rows.T @ rows).double()
+            counts[name] = counts.get(name, 0) + len(rows)
+
+        return add
+
+    layers = [(name, layer) for name, layer in weighted_layers(model) if _has_rows(layer)]
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers]
+    try:
+        with torch.no_grad():
+            for images in (part for batch in batches for part in batch.split(16)):
+                model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+def _has_rows(layer: nn.Module) -> bool:
+    plain = isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return isinstance(layer, nn.Linear) or (plain and layer.groups == 1)
+
+
+def _rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return the vectors that the flattened weight is multiplied with, one a row."""
+    if isinstance(layer, nn.Linear):
+        return x.flatten(0, -2)
+    shape = {"dilation": layer.dilation, "padding": layer.padding, "stride": layer.stride}
+    return F.unfold(x, layer.kernel_size, **shape).transpose(1, 2).flatten(0, 1)
+
+
+def _factors(weight: Tensor, moment: Tensor | None) -> Factors:
+    """Decompose `weight` (m, n) so that cutting it keeps the weight best, or with `moment` (n, n) its outputs.
+
+    The mean squared error of outputs is the Frobenius norm of (W - W') L where L·Lᵀ is the second moment of the inputs:
+    so W·L is decomposed, and L taken out of the right factor again.
+    """
+    if moment is None:
+        return torch.linalg.svd(weight, full_matrices=False)
+    ridge = 1e-4 * moment.diagonal().mean().clamp_min(1e-12)  # inputs that never occur must not divide by zero
+    root = torch.linalg.cholesky(moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
+    u, s, v = torch.linalg.svd(weight.double() @ root, full_matrices=False)
+    right = torch.linalg.solve_triangular(root, v, upper=False, left=False)
+    return u.float(), s.float(), right.float()
+
+
+def _all_factors(model: nn.Module, batches: list[Tensor]) -> dict[str, Factors]:
+    """Decompose every layer that can be factored, for its outputs on `batches` or, without any, for its weight."""
     layers = [(name, layer) for name, layer in weighted_layers(model) if _can_factor(layer)]
     weights = {name: layer.weight.detach().float().flatten(1) for name, layer in layers}
     for name, weight in weights.items():
@@ -97,7 +156,8 @@ def _all_factors(model: nn.Module) -> dict[str, Factors]:
             raise ValueError(
                 f"The weight of layer {name!r} holds NaN or infinity; train or load the model again first."
             )
-    return {name: torch.linalg.svd(weight, full_matrices=False) for name, weight in weights.items()}
+    moments = second_moments(clone(model), batches)
+    return {name: _factors(weight, moments.get(name)) for name, weight in weights.items()}
 
 
 @dataclass(frozen=True)
@@ -105,18 +165,33 @@ class LowRank(Technique):
     """Factor linear and convolution weights through their largest singular values."""
 
     family: ClassVar[str] = "low-rank"
-    source: ClassVar[str] = "Denton et al., 2014, arXiv:1404.0736"
+    source: ClassVar[str] = "Denton et al., 2014, arXiv:1404.0736; Zhang et al., 2015, arXiv:1505.06798"
 
     rank: float = setting(0.5, low=0.05, high=1.0, step=0.05, unit="of full rank", neutral=1.0)
+    objective: str = setting(
+        "outputs",
+        choices=("outputs", "weights"),
+        help="Approximate a layer's outputs on training images, or its weight.",
+    )
+    recalibrate: bool = setting(True, choices=(True, False), help="Measure BatchNorm statistics anew after factoring.")
     finetune: int = setting(0, low=0, high=10, step=1, unit="epochs", neutral=0, help="Training after factoring.")
 
     def compress(self, model, data=None, watch=None):
-        """Return a copy with factored layers; raises ValueError where a weight holds NaN or infinity."""
+        """Return a copy with factored layers.
+
+        `data`: a `Data`; without one, `objective` is "weights" and nothing is recalibrated. Raises ValueError where a
+        weight holds NaN or infinity.
+        """
         small = clone(model)
         if self.rank < 1:
-            factors = remembered(model, "singular values", lambda: _all_factors(model))
+            batches = calibration_batches(model, data)
+            seen = batches if self.objective == "outputs" else []
+            key = ("singular values", self.objective, id(data) if seen else None)
+            factors, _ = remembered(model, key, lambda: (_all_factors(model, seen), data))
             for name, layer in weighted_layers(small):
                 rank = kept_rank(layer, self.rank)
                 if rank is not None:
                     replace_layer(small, name, factored(layer, *_cut(factors[name], rank)))
+            if self.recalibrate and batches:
+                recalibrate(small, batches)
         return finetune(small, data, self.finetune, watch)

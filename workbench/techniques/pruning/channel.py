@@ -33,9 +33,8 @@ from workbench.surgery import ChannelTrace, clone, cut_channels, remembered, tra
 from workbench.surgery.channels import ChannelGroup
 from workbench.technique import Technique, setting
 from workbench.techniques.pruning.magnitude import finite_weight
-from workbench.techniques.repair import finetune, recalibrate
+from workbench.techniques.repair import calibration_batches, finetune, recalibrate
 
-CALIBRATION_IMAGES = 128  # 512 gain less than a point more and cost four times the wait
 _POWERS = {"l1": 1, "l2": 2}
 
 
@@ -100,7 +99,7 @@ class ChannelPruning(Technique):
         if self.sparsity > 0:
             cut_channels(small, self.cuts(model, data))
             if self.recalibrate:
-                recalibrate(small, _calibration_batches(model, data))
+                recalibrate(small, calibration_batches(model, data))
         return finetune(small, data, self.finetune, watch)
 
     def cuts(self, model: nn.Module, data: Any) -> list[tuple[ChannelGroup, Tensor]]:
@@ -157,18 +156,3 @@ def _example(data: Any) -> tuple[Tensor, ...]:
             "pass a data set from load_data, or one example batch such as torch.zeros(1, 3, 224, 224)."
         )
     return tuple(inputs)
-
-
-def _calibration_batches(model: nn.Module, data: Any) -> list[Tensor]:
-    """Return training images in batches, or none if there are none or the model has no BatchNorm."""
-    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if not norms or not hasattr(data, "train"):
-        return []
-
-    def draw():
-        sample = data.train.take(CALIBRATION_IMAGES, seed=0)
-        first = next(model.parameters())
-        batches = [images.to(first.device, first.dtype) for images, _ in sample.batches(64) if len(images) > 1]
-        return data, batches  # holding the data keeps its id from being given to another
-
-    return remembered(model, ("calibration images", id(data)), draw)[1]
