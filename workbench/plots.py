@@ -376,6 +376,9 @@ def panel_figure(
         for role in ("baseline", "now"):
             bars = _bars(layers, [0] * len(layers), role, size_text if kind == "bytes" else count_text)
             figure.add_trace(bars.update(uid=f"{kind}-{role}"), 1, col)
+    # Without any mark a category axis has no places, and plotly draws its line to nowhere: two marks nobody sees.
+    anchor = {"mode": "markers", "marker": {"opacity": 0}, "hoverinfo": "skip", "showlegend": False}
+    figure.add_trace(go.Scatter(x=[0, 0], y=["baseline", "now"], uid="latency-anchor", **anchor), 2, 1)
     for role in ("baseline", "now"):
         figure.add_trace(_box([], role, role).update(uid=f"latency-{role}", visible=False), 2, 1)
     if trains:
@@ -399,7 +402,7 @@ def _add_tradeoff(figure: go.Figure, recorded: Sequence, base_bytes: float) -> N
     sizes = [r[1] for r in curve] or [base_bytes / 20]
     figure.update_xaxes(_bytes_axis(min([*sizes, base_bytes / 12]), base_bytes), row=1, col=1)
     lows = [_percent(r[2])[0] for r in curve]
-    figure.update_yaxes(title="accuracy, %", range=accuracy_range(lows), row=1, col=1)
+    figure.update_yaxes(title="accuracy, %", type="linear", range=accuracy_range(lows), row=1, col=1)
 
 
 def accuracy_range(percents: Sequence[float], low: float = 80.0) -> list[float]:
@@ -411,14 +414,17 @@ def accuracy_range(percents: Sequence[float], low: float = 80.0) -> list[float]:
 def _panel_look(figure: go.Figure, layers: Sequence[str], trains: bool) -> go.Figure:
     figure.update_yaxes(autorange="reversed", row=1, col=2, ticklabelstandoff=4)
     figure.update_yaxes(autorange="reversed", matches="y2", showticklabels=False, row=1, col=3)
-    figure.update_xaxes(rangemode="tozero", tickformat="~s", nticks=4, row=1, col=2)
-    figure.update_xaxes(rangemode="tozero", tickformat="~s", nticks=4, row=1, col=3)
-    figure.update_xaxes(title="milliseconds", range=[0, 1], row=2, col=1)
-    figure.update_yaxes(autorange="reversed", type="category", categoryarray=["baseline", "now"], row=2, col=1)
+    figure.update_xaxes(type="linear", rangemode="tozero", tickformat="~s", nticks=4, row=1, col=2)
+    figure.update_xaxes(type="linear", rangemode="tozero", tickformat="~s", nticks=4, row=1, col=3)
+    figure.update_xaxes(title="milliseconds", type="linear", range=[0, 1], row=2, col=1)
+    figure.update_yaxes(type="category", categoryarray=["baseline", "now"], row=2, col=1)
+    figure.update_yaxes(categoryorder="array", range=[1.5, -0.5], row=2, col=1)
     if trains:
-        figure.update_xaxes(title="training step", range=[0, 100], row=3, col=1)
-        figure.update_yaxes(title="loss", rangemode="tozero", row=3, col=1, secondary_y=False)
-        figure.update_yaxes(title="accuracy, %", range=[0, 100], showgrid=False, row=3, col=1, secondary_y=True)
+        figure.update_xaxes(title="training step", type="linear", range=[0, 100], row=3, col=1)
+        figure.update_yaxes(title="loss", type="linear", rangemode="tozero", row=3, col=1, secondary_y=False)
+        figure.update_yaxes(
+            title="accuracy, %", type="linear", range=[0, 100], showgrid=False, row=3, col=1, secondary_y=True
+        )
     figure.update_yaxes(type="category", row=1, col=2).update_yaxes(type="category", row=1, col=3)
     for title in figure.layout.annotations:  # at the left edge of its plot, where reading begins
         title.update(x=_left(figure, title.text), xanchor="left")

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +69,18 @@ def page(browser):
     context.close()
 
 
+def wait_for_answer(address):
+    """Ask until the server answers; JupyterLab names its address a moment before it listens."""
+    end = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            return urllib.request.urlopen(address, timeout=START_SECONDS).close()
+        except urllib.error.URLError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
 @contextmanager
 def serving(*command, says, cwd=ROOT, env=None):
     """Run a server until the block ends; yield the address that it prints in a line matching `says`."""
@@ -93,7 +107,7 @@ def serving(*command, says, cwd=ROOT, env=None):
     try:
         ready.wait(START_SECONDS)
         assert found, f"The server named no address: {''.join(lines)}"
-        urllib.request.urlopen(found[0], timeout=START_SECONDS).close()
+        wait_for_answer(found[0])
         yield found[0]
     finally:
         started.terminate()

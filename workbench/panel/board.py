@@ -21,6 +21,7 @@ from workbench.runtimes import available_runtimes, runtime
 from workbench.technique import Technique
 
 REST = 0.12  # seconds without a new value after which the slider counts as released
+PATIENCE = 5.0  # seconds to wait for the release of a slider that is held still; the browser may never tell of it
 FRAME = 0.1  # seconds between two drawings of progress
 
 
@@ -285,11 +286,18 @@ class Panel(ipywidgets.VBox):
         self._progress("resting", "", stale)
         self._draw()
         yield rest
+        given_up = time.monotonic() + PATIENCE
+        while self._held and time.monotonic() < given_up:
+            yield 0.02
         self._commit(values)
         if self.point is None:
             self._progress("done", self._hint())
             return
         yield from self._measure(self.point, name, stale)
+
+    @property
+    def _held(self) -> bool:
+        return any(getattr(control, "held", False) for control in self.controls.values())
 
     def _find_baseline(self) -> None:
         if self.baseline is None:
@@ -433,7 +441,7 @@ class Panel(ipywidgets.VBox):
             hint = self._hint()
             self.train_button.description = "Train it here" if self.kind.trains else "Fine-tune it here"
             self.train_button.disabled = not hint or self._training is not None
-            self.train_button.layout.visibility = "hidden" if self.train_button.disabled else "visible"
+            self.train_button.layout.display = "none" if self.train_button.disabled else None
             name, now, base, pinned = self.runtime.value, self.point, self.baseline, self.pinned
             self.tiles.html = words.tiles(now, base, pinned, name, self._gpu)
             self._draw_figure(name)

@@ -37,6 +37,15 @@ function render({ model, el }) {
     model.set("value", value);
     model.save_changes();
   };
+  // While the pointer or a key is held down the kernel shows what is exact and waits with the measurement.
+  const hold = (held) => {
+    if (model.get("held") === held) return;
+    model.set("held", held);
+    model.save_changes();
+  };
+  range.addEventListener("pointerdown", () => hold(true));
+  range.addEventListener("keydown", (event) => hold(/^(Arrow|Page|Home|End)/.test(event.key)));
+  for (const end of ["pointerup", "pointercancel", "keyup", "blur"]) range.addEventListener(end, () => hold(false));
   range.addEventListener("input", () => send(+range.value));
   box.addEventListener("change", () => {
     const typed = box.value === "" ? model.get("value") : +box.value;
