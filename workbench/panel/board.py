@@ -68,7 +68,8 @@ class Panel(ipywidgets.VBox):
         self._applying = False
         self._notice = ""  # what was wrong with the page's address, until a control is moved
         self._training: list | None = None
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # held for moments only, so that Stop never waits for a drawing
+        self._drawing = threading.RLock()
         self._drawn = 0.0
         self._layers = measure.layer_names(model)
         self._example = data.example()
@@ -437,7 +438,7 @@ class Panel(ipywidgets.VBox):
 
     def _draw(self) -> None:
         """Bring tiles, figure, sentences and table up to date."""
-        with self._lock:
+        with self._drawing:
             hint = self._hint()
             self.train_button.description = "Train it here" if self.kind.trains else "Fine-tune it here"
             self.train_button.disabled = not hint or self._training is not None
