@@ -64,8 +64,8 @@ def test_evaluate_leaves_the_mode_of_the_model_as_it_was(data):
 def test_training_learns_and_the_same_seed_gives_the_same_weights(data):
     first, second = small_model(), small_model()
     before = wb.evaluate(first, data.val)
-    losses = [step.loss for step in wb.fit(first, data, epochs=3, seed=1)]
-    list(wb.fit(second, data, epochs=3, seed=1))
+    losses = [step.loss for step in wb.fit(first, data, epochs=5, batch_size=32, seed=1)]
+    list(wb.fit(second, data, epochs=5, batch_size=32, seed=1))
     assert losses[-1] < losses[0] and wb.evaluate(first, data.val).value > before.value
     assert equal(first, second)
 
