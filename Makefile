@@ -50,6 +50,7 @@ glyphs: $(VENV)/.dev
 
 train: $(VENV)/.installed
 	for name in glyphs-cnn lenet-300-100 lenet-5; do $(BIN)/workbench train $$name $(ARGS) || exit; done
+	$(BIN)/python scripts/train_students.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

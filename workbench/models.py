@@ -18,7 +18,7 @@ class ModelError(RuntimeError):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a shipped model without loading it."""
+    """What is known of a shipped model without loading it; `epochs` is how long `workbench train` trains it."""
 
     title: str
     data: str

@@ -35,7 +35,9 @@ def add_commands(commands, argv: list[str]) -> None:
 def _add_train(commands):
     parser = commands.add_parser("train", help="train a model of the workbench", allow_abbrev=False)
     parser.add_argument("name", metavar="MODEL", help="glyphs-cnn, lenet-300-100 or lenet-5")
-    parser.add_argument("--epochs", type=_at_least_one, help="passes through the training images")
+    parser.add_argument(
+        "--epochs", type=_at_least_one, help="passes through the training images (default: the model's own)"
+    )
     parser.add_argument("--learning-rate", type=float, help="the peak of the one-cycle schedule")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", help="train on other images than the model's own, such as folder:PATH")
@@ -122,12 +124,13 @@ def run_train(args) -> None:
 
 def _train(args, model, data, checkpoint: Path) -> bool:
     """Run the training with a progress bar; True when it came to its end."""
+    from workbench.models import MODELS
     from workbench.training import fit
 
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     if not args.resume:
         checkpoint.unlink(missing_ok=True)
-    wishes = {"epochs": args.epochs, "learning_rate": args.learning_rate}
+    wishes = {"epochs": args.epochs or MODELS[args.name].epochs, "learning_rate": args.learning_rate}
     given = {key: value for key, value in wishes.items() if value is not None}
     steps = fit(model, data, seed=args.seed, checkpoint=checkpoint, **given)
     with Progress(args.name) as watch:
