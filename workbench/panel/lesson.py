@@ -26,7 +26,7 @@ from IPython.display import HTML, Markdown
 from workbench import plots
 from workbench.data import Data
 from workbench.panel.board import Panel
-from workbench.panel.controls import View, _text
+from workbench.panel.controls import View, _text, word
 from workbench.panel.measure import Point, difference
 from workbench.panel.words import signed, speed, times
 from workbench.profiler import Latency, Ratio, compare, environment, latencies
@@ -39,6 +39,7 @@ from workbench.techniques import TECHNIQUES
 from workbench.training import evaluate
 
 PLOTLY = "application/vnd.plotly.v1+json"
+NBSP = "\u00a0"  # a number and its unit stay on one line
 
 
 class Card(View):
@@ -184,7 +185,7 @@ class Quote:
 
     @property
     def size(self) -> str:
-        return size(self.record.size_bytes)
+        return size(self.record.size_bytes).replace(" ", NBSP)
 
     @property
     def times_smaller(self) -> float:
@@ -196,12 +197,12 @@ class Quote:
 
     @property
     def accuracy(self) -> str:
-        return f"{self.record.accuracy.percent:.1f} %"
+        return f"{self.record.accuracy.percent:.1f}{NBSP}%"
 
     @property
     def interval(self) -> str:
         low, high = self.record.accuracy.interval
-        return f"{100 * low:.1f} to {100 * high:.1f} %"
+        return f"{100 * low:.1f} to {100 * high:.1f}{NBSP}%"
 
     @property
     def correct(self) -> str:
@@ -233,7 +234,7 @@ class Quote:
 
     @property
     def macs_left(self) -> str:
-        return f"{100 * self.record.macs / self.base.macs:.0f} %"
+        return f"{100 * self.record.macs / self.base.macs:.0f}{NBSP}%"
 
     @property
     def fewer_macs(self) -> str:
@@ -242,7 +243,7 @@ class Quote:
     @property
     def removed(self) -> str:
         """A sparsity as a percentage."""
-        return f"{100 * self.record.settings['sparsity']:.0f} %"
+        return f"{100 * self.record.settings['sparsity']:.0f}{NBSP}%"
 
     @property
     def kept(self) -> str:
@@ -314,6 +315,11 @@ class Race:
         first = next(iter(self.taken[runtime].values()))
         return compare(self.taken[runtime][model], first)
 
+    def words(self, runtime: str, model: str) -> str:
+        """Return the ratio inside a sentence: "1.73× faster (1.60–1.81)", or that it cannot be told."""
+        ratio = self.ratio(runtime, model)
+        return str(ratio) if ratio.distinguishable else "not distinguishable in time"
+
     def rows(self) -> Iterable[dict[str, str]]:
         """Yield one row a runtime: milliseconds, what the kernels compute in, and how many times faster."""
         for runtime, models in self.taken.items():
@@ -348,7 +354,7 @@ class Alone:
     change: float
 
     def __str__(self) -> str:
-        return f"{self.accuracy:.1f} % ({signed(self.change)})"
+        return f"{self.accuracy:.1f}{NBSP}% ({signed(self.change) if abs(self.change) >= 0.05 else 'as before'})"
 
 
 def sensitivity(technique: Technique, model: torch.nn.Module, data: Data, images: int = 470) -> list[Alone]:
@@ -376,7 +382,7 @@ class Prediction(ipywidgets.VBox):
         self.options, self.answer, self._listeners = dict(options), None, []
         self.question = Card(kind="", html=f'<p><b class="wb-badge">Predict</b>{escape(question)}</p>')
         self.choice = ipywidgets.RadioButtons(options=list(options), value=None, layout={"width": "auto"})
-        self.button = ipywidgets.Button(description="Commit to it", disabled=True, tooltip="Final: measure next")
+        self.button = ipywidgets.Button(description="Commit to it", disabled=True, layout={"width": "max-content"})
         self.note = Card(kind="", role="status")
         self.choice.observe(self._chosen, "value")
         self.button.on_click(lambda _: self.commit())
@@ -500,7 +506,7 @@ def _set(panel: Panel, name: str, value) -> Condition:
 
     def look(point, _baseline):
         shown = point.technique.values()[name]
-        return shown == value, f"{knob.label} {shown}, wanted {value}"
+        return shown == value, f"{knob.label} {word(shown)}, wanted {word(value)}"
 
     return look
 
@@ -508,7 +514,7 @@ def _set(panel: Panel, name: str, value) -> Condition:
 def _smaller(wanted: float) -> Condition:
     def look(point, baseline):
         reached = baseline.size_bytes / point.size_bytes
-        return reached >= wanted, f"file {times(reached)} smaller, wanted {times(wanted)}"
+        return reached >= wanted, f"file {times(reached)} smaller, wanted {wanted:g}×"
 
     return look
 
@@ -539,7 +545,7 @@ def _faster(panel: Panel, wanted: float) -> Condition:
         ratio, where = _ratio(panel, point), panel.runtime.value
         if ratio is None:
             return None, f"latency on {where} is being measured"
-        return ratio.value >= wanted, f"{times(ratio.value)} the speed on {where}, wanted {times(wanted)}"
+        return ratio.value >= wanted, f"{times(ratio.value)} the speed on {where}, wanted {wanted:g}×"
 
     return look
 
