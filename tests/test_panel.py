@@ -367,6 +367,14 @@ def test_page_that_opens_later_sees_the_figure_as_it_is(opened):
     assert all(len(bar["x"]) for bar in state["_widget_data"] if bar["type"] == "bar")
 
 
+def test_page_that_opened_meanwhile_is_sent_everything(opened):
+    shown, sent = opened(), []
+    shown.figure.observe(lambda change: sent.append(change["new"]), "_py2js_update")
+    shown.header.opened = 1.0
+    marks = dict(zip(shown._traces, sent[0]["style_data"]["x"], strict=True))
+    assert marks["tradeoff-now"] == [shown.point.size_bytes] and len(marks["latency-now"]) > 0
+
+
 @pytest.mark.parametrize("technique", [wb.LowRank, wb.MagnitudePruning, wb.ChannelPruning, wb.Quantization])
 def test_every_technique_has_a_panel(opened, technique):
     shown = opened(technique)

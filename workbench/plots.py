@@ -119,12 +119,14 @@ def bytes_range(low: float, high: float) -> list[float]:
 
 def _bytes_axis(low: float, high: float) -> dict:
     """Return a logarithmic axis for bytes whose ticks read "50 kB", from about `low` to about `high`."""
-    ticks = [m * 10**e for e in range(1, 12) for m in (1, 2, 5)]
+    steps = (1, 3) if high > 8 * low else (1, 2, 5)
+    ticks = [m * 10**e for e in range(1, 12) for m in steps]
     return {
         "type": "log",
         "range": bytes_range(low, high),
         "tickvals": ticks,
         "ticktext": [size_text(t) for t in ticks],
+        "tickangle": 0,
     }
 
 
@@ -342,10 +344,11 @@ def learning_curve(steps: Sequence, title: str = "Training") -> go.Figure:
 # --- the panel -----------------------------------------------------------------------------------------------------
 
 
+ANCHOR = {"mode": "markers", "marker": {"opacity": 0}, "hoverinfo": "skip", "showlegend": False}
 PANEL_TITLES = (
     "accuracy over file size",
     "bytes per layer",
-    "multiply-adds per layer",
+    "multiply-adds",
     "latency of single calls",
     "training",
 )
@@ -365,20 +368,19 @@ def panel_figure(
         rows,
         3,
         specs=specs[:rows],
-        column_widths=[0.5, 0.25, 0.25],
         row_heights=[0.62, 0.38, 0.4][:rows],
-        horizontal_spacing=0.035,
         vertical_spacing=0.17 if not trains else 0.13,
         subplot_titles=PANEL_TITLES[: rows + 2],
     )
+    layers = _short(layers)
+    _place_columns(figure, max(map(len, layers), default=0), trains)
     _add_tradeoff(figure, recorded, base_bytes)
     for col, kind in ((2, "bytes"), (3, "macs")):
         for role in ("baseline", "now"):
             bars = _bars(layers, [0] * len(layers), role, size_text if kind == "bytes" else count_text)
             figure.add_trace(bars.update(uid=f"{kind}-{role}"), 1, col)
     # Without any mark a category axis has no places, and plotly draws its line to nowhere: two marks nobody sees.
-    anchor = {"mode": "markers", "marker": {"opacity": 0}, "hoverinfo": "skip", "showlegend": False}
-    figure.add_trace(go.Scatter(x=[0, 0], y=["baseline", "now"], uid="latency-anchor", **anchor), 2, 1)
+    figure.add_trace(go.Scatter(x=[0, 0], y=["baseline", "now"], uid="latency-anchor", **ANCHOR), 2, 1)
     for role in ("baseline", "now"):
         figure.add_trace(_box([], role, role).update(uid=f"latency-{role}", visible=False), 2, 1)
     if trains:
@@ -386,6 +388,22 @@ def panel_figure(
             name = "loss" if not second else "accuracy"
             figure.add_trace(trace.update(uid=f"training-{name}", showlegend=False), 3, 1, secondary_y=second)
     return _panel_look(figure, layers, trains)
+
+
+def _short(names: Sequence[str], longest: int = 18) -> list[str]:
+    """Return the ends of long names, where they differ; the names as they are if their ends are alike."""
+    short = [name if len(name) <= longest else "…" + name[1 - longest :] for name in names]
+    return short if len(set(short)) == len(set(names)) else list(names)
+
+
+def _place_columns(figure: go.Figure, letters: int, trains: bool) -> None:
+    """Leave as much room before the layer bars as their names of so many letters need on a narrow page."""
+    end, gap = 0.45, min(0.03 + 0.0085 * letters, 0.22)
+    width = (1 - end - gap - 0.03) / 2
+    places = {1: (0, end), 2: (end + gap, end + gap + width), 3: (1 - width, 1), 4: (0, end), 5: (0, 1)}
+    for number, place in places.items():
+        if number < 5 or trains:
+            figure.layout[f"xaxis{number if number > 1 else ''}"].domain = place
 
 
 def _add_tradeoff(figure: go.Figure, recorded: Sequence, base_bytes: float) -> None:
@@ -421,10 +439,12 @@ def _panel_look(figure: go.Figure, layers: Sequence[str], trains: bool) -> go.Fi
     figure.update_yaxes(categoryorder="array", range=[1.5, -0.5], row=2, col=1)
     if trains:
         figure.update_xaxes(title="training step", type="linear", range=[0, 100], row=3, col=1)
-        figure.update_yaxes(title="loss", type="linear", rangemode="tozero", row=3, col=1, secondary_y=False)
-        figure.update_yaxes(
-            title="accuracy, %", type="linear", range=[0, 100], showgrid=False, row=3, col=1, secondary_y=True
-        )
+        figure.update_yaxes(title="loss", type="linear", range=[0, 4], row=3, col=1, secondary_y=False)
+        percent = {"title": "accuracy, %", "type": "linear", "range": [0, 100], "tickvals": [0, 25, 50, 75, 100]}
+        figure.update_yaxes(**percent, showgrid=False, row=3, col=1, secondary_y=True)
+        # A plot of no marks makes plotly draw its axes to nowhere, as above.
+        figure.add_trace(go.Scatter(x=[0], y=[0], uid="training-anchor", **ANCHOR), 3, 1, secondary_y=False)
+        figure.add_trace(go.Scatter(x=[0], y=[0], uid="training-anchor2", **ANCHOR), 3, 1, secondary_y=True)
     figure.update_yaxes(type="category", row=1, col=2).update_yaxes(type="category", row=1, col=3)
     for title in figure.layout.annotations:  # at the left edge of its plot, where reading begins
         title.update(x=_left(figure, title.text), xanchor="left")

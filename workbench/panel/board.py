@@ -34,6 +34,28 @@ class Figure(go.FigureWidget):
             self._trait_values["_widget_layout"] = copy.deepcopy(self._layout_obj._props)
         return super().get_state(key, drop_defaults)
 
+    def send_again(self) -> None:
+        """Send every mark and range once more: what was drawn while a page opened, before it listened, is lost."""
+        properties = ("x", "y", "text", "visible", "error_y.array", "error_y.arrayminus")
+        drawn = {name: [_plain(trace, name) for trace in self.data] for name in properties}
+        ranges = {f"{axis}.range": list(self.layout[axis].range) for axis in _AXES if self._has_range(axis)}
+        self._send_update_msg(drawn, ranges, list(range(len(self.data))))
+
+    def _has_range(self, axis: str) -> bool:
+        return axis in self._layout_obj._props and self.layout[axis].range is not None
+
+
+_AXES = ("xaxis", "yaxis", "xaxis4", "xaxis5", "yaxis5")
+
+
+def _plain(trace, name: str):
+    """Return a property of a trace, an array as a list; None where this kind of trace has no such property."""
+    try:
+        value = trace[name]
+    except (KeyError, ValueError):
+        return None
+    return value if value is None or isinstance(value, (bool, str)) else list(value)
+
 
 class Panel(ipywidgets.VBox):
     """Sliders for one technique on one model: exact bytes while dragging, accuracy and latency when it rests.
@@ -165,6 +187,7 @@ class Panel(ipywidgets.VBox):
         self.runtime.observe(self._changed, "value")
         self.preset.observe(self._preset_chosen, "value")
         self.address.observe(self._opened_with, "found")
+        self.header.observe(self._page_opened, "opened")
 
     @property
     def values(self) -> dict:
@@ -191,6 +214,10 @@ class Panel(ipywidgets.VBox):
         if change["new"]:
             self.set(**self.presets[change["new"]])
             self.preset.value = ""
+
+    def _page_opened(self, _change) -> None:
+        with self._drawing:
+            self.figure.send_again()
 
     def _opened_with(self, change) -> None:
         """Take over the settings that the page's address names; say which of them do not fit."""
@@ -356,6 +383,8 @@ class Panel(ipywidgets.VBox):
 
     def _hint(self) -> str:
         """Say what the Train button is for, when the shown settings ask for training that has not happened here."""
+        if self._training is not None:
+            return "Training with these settings; Stop keeps the model so far."
         technique = self.kind(**self.values)
         if not (technique.trains or technique.values().get("finetune")):
             return ""
@@ -488,7 +517,8 @@ class Panel(ipywidgets.VBox):
     def _draw_layers(self) -> None:
         for role, point in (("baseline", self.baseline), ("now", self.point)):
             for kind, text in (("bytes", plots.size_text), ("macs", plots.count_text)):
-                numbers = [] if point is None else list(getattr(point, f"layer_{kind}").values())
+                empty = dict.fromkeys([*self._layers, measure.OTHER], 0)
+                numbers = list((getattr(point, f"layer_{kind}") if point else empty).values())
                 self._traces[f"{kind}-{role}"].update(x=numbers, text=[text(v) for v in numbers])
 
     def _draw_latency(self, name: str) -> None:
@@ -508,3 +538,4 @@ class Panel(ipywidgets.VBox):
         if steps:
             self.figure.update_layout(self._show_training)
             self.figure.layout.xaxis5.range = [0, steps[-1].steps]
+            self.figure.layout.yaxis5.range = [0, 1.1 * max(step.loss for step in steps)]

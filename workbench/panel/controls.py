@@ -42,6 +42,7 @@ class View(anywidget.AnyWidget):
     role = traitlets.Unicode().tag(sync=True)
     name = traitlets.Unicode().tag(sync=True)
     live = traitlets.Bool().tag(sync=True)
+    opened = traitlets.Float().tag(sync=True)  # when the figure of a panel stood on a page, for the header only
 
 
 class Address(anywidget.AnyWidget):
