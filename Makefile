@@ -9,7 +9,7 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_in
 PYTHON  ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python3.10,\
              $(shell $(name) -c '$(SUPPORTED)' 2>/dev/null && echo $(name))))
 
-.PHONY: help dashboard lab test check format bench glyphs train clean
+.PHONY: help dashboard lab test check format bench glyphs train records clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make bench       time the dashboards in a real browser"
 	@echo "make glyphs      build the embedded data set again"
 	@echo "make train       train the shipped models again"
+	@echo "make records     measure the sweeps that the notebooks quote, where they are out of date"
 
 dashboard: $(VENV)/.installed
 	@$(BIN)/workbench dashboard $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -51,6 +52,9 @@ glyphs: $(VENV)/.dev
 train: $(VENV)/.installed
 	for name in glyphs-cnn lenet-300-100 lenet-5; do $(BIN)/workbench train $$name $(ARGS) || exit; done
 	$(BIN)/python scripts/train_students.py
+
+records: $(VENV)/.installed
+	$(BIN)/python scripts/make_records.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

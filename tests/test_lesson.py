@@ -198,6 +198,8 @@ def test_task_says_what_is_met_and_stays_done():
     panel = FakePanel()
     task = lesson.task(panel, "Twice smaller, within 5 points.", smaller=2, within=5)
     assert "Task" in task.html and task.solved_by is None
+    panel.move(point("rank 0.3", 300, 89))
+    assert "✗" not in task.html and task.solved_by is None, "the setting that the panel opens with does not count"
     panel.move(point("rank 0.6", 600, 89))
     assert task.html.count("✗") == 1 and task.html.count("✓") == 1
     panel.move(point("rank 0.4", 400, 89, exact=False))
@@ -210,6 +212,7 @@ def test_task_says_what_is_met_and_stays_done():
 
 def test_task_asks_for_settings_and_for_harm():
     panel = FakePanel()
+    panel.move(point("opening", 1000, 90, technique=wb.LowRank()))
     task = lesson.task(panel, "Break it.", loses=40, objective="weights", recalibrate=False)
     panel.move(point("a", 500, 20, technique=wb.LowRank(rank=0.5)))
     assert "recalibrate on, wanted off" in task.html and task.solved_by is None
@@ -220,6 +223,7 @@ def test_task_asks_for_settings_and_for_harm():
 @pytest.mark.parametrize(("ratio", "faster", "same"), [(2.0, True, False), (1.0, False, True)])
 def test_task_asks_for_time(monkeypatch, ratio, faster, same):
     panel, shown = FakePanel(), point("a", 500, 90)
+    panel.move(point("opening", 1000, 90))
     quick = lesson.task(panel, "Faster.", faster=1.5)
     slow = lesson.task(panel, "No faster.", no_faster=True)
     panel.move(shown)

@@ -446,12 +446,17 @@ Condition = Callable[[Point, Point], "tuple[bool | None, str]"]  # (point, basel
 
 
 class Task(Card):
-    """A task for the panel's sliders, which says of each setting that is tried what is met and what is not yet."""
+    """A task for the panel's sliders, which says of each setting that is tried what is met and what is not yet.
+
+    The setting that the panel opens with does not count before another one was tried.
+    """
 
     def __init__(self, panel: Panel, text: str, conditions: Sequence[Condition]):
         super().__init__(kind="wb-lesson", live=True)
         self.text, self.conditions, self.panel = text, conditions, panel
         self.solved_by: Point | None = None
+        self._opening: Point | None = None
+        self._moved = False
         panel.status.observe(self._look, "html")
         self._look()
 
@@ -459,8 +464,11 @@ class Task(Card):
         if self.solved_by is not None:
             return
         point, baseline = self.panel.point, self.panel.baseline
+        if point is not None:
+            self._opening = self._opening or point
+            self._moved = self._moved or point is not self._opening
         found = [one(point, baseline) for one in self.conditions] if point is not None else []
-        if found and all(met for met, _ in found):
+        if found and all(met for met, _ in found) and self._moved:
             self.solved_by = point
         self.html = self._written(found)
 
