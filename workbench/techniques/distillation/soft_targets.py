@@ -42,7 +42,7 @@ class Distillation(Technique):
     source: ClassVar[str] = "Hinton et al., 2015, arXiv:1503.02531"
     trains: ClassVar[bool] = True
 
-    width: float = setting(0.25, low=0.0625, high=0.5, step=0.0625, unit="of the teacher's channels", neutral=1.0)
+    width: float = setting(0.25, low=0.0625, high=0.5, step=0.0625, unit="of the teacher", neutral=1.0)
     temperature: float = setting(4.0, low=1.0, high=20.0, step=0.5)
     soft_weight: float = setting(0.9, low=0.0, high=1.0, step=0.05, unit="of the loss")
     epochs: int = setting(8, low=1, high=40, step=1, unit="epochs")
