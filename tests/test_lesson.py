@@ -241,7 +241,7 @@ def test_task_asks_for_time(monkeypatch, ratio, faster, same):
 def test_race_and_sensitivity(model, data):
     race = lesson.race({"whole": model, "same": model}, data, runtimes=("eager",), calls=6)
     row = next(iter(race.rows()))
-    assert row["runtime"] == "eager" and row["whole, ms"].endswith("(fp32)") and "same is" in row
+    assert row["runtime"] == "eager" and row["whole"].endswith(" ms, fp32") and "ms, fp32<br>" in row["same"]
     assert "taken in turns on" in race._repr_markdown_() and race.ms("eager", "whole") > 0
     alone = lesson.sensitivity(wb.LowRank(rank=0.5, objective="weights"), model, data, images=94)
     assert alone[0].layer == "features.0.0" and alone[0].weights == 288

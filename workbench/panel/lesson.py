@@ -28,7 +28,7 @@ from workbench.data import Data
 from workbench.panel.board import Panel
 from workbench.panel.controls import View, _text, word
 from workbench.panel.measure import Point, difference
-from workbench.panel.words import signed, speed, times
+from workbench.panel.words import milliseconds, signed, speed, times
 from workbench.profiler import Latency, Ratio, compare, environment, latencies
 from workbench.profiler.units import size
 from workbench.records import Record, pareto, read_records
@@ -321,13 +321,12 @@ class Race:
         return str(ratio) if ratio.distinguishable else "not distinguishable in time"
 
     def rows(self) -> Iterable[dict[str, str]]:
-        """Yield one row a runtime: milliseconds, what the kernels compute in, and how many times faster."""
+        """Yield one row a runtime: milliseconds, what the kernels compute in, and the ratio to the first model."""
         for runtime, models in self.taken.items():
             row = {"runtime": runtime}
             for i, (name, latency) in enumerate(models.items()):
-                row[f"{name}, ms"] = f"{latency.median_ms:.3f} ({latency.precision})"
-                if i:
-                    row[f"{name} is"] = str(self.ratio(runtime, name))
+                ratio = f"<br>{self.ratio(runtime, name)}" if i else ""
+                row[name] = f"{milliseconds(latency.median_ms)} ms, {latency.precision}{ratio}"
             yield row
 
     def _repr_markdown_(self) -> str:
@@ -553,7 +552,8 @@ def _faster(panel: Panel, wanted: float) -> Condition:
         ratio, where = _ratio(panel, point), panel.runtime.value
         if ratio is None:
             return None, f"latency on {where} is being measured"
-        return ratio.value >= wanted, f"{times(ratio.value)} the speed on {where}, wanted {wanted:g}×"
+        told = f"{times(ratio.value)} the speed" if ratio.distinguishable else "not distinguishable in time"
+        return ratio.distinguishable and ratio.value >= wanted, f"{told} on {where}, wanted {wanted:g}×"
 
     return look
 
