@@ -83,15 +83,22 @@ def tradeoff(panel: Panel, series: Mapping[str, Sequence[Record]], title: str = 
     """
     recorded = [_labelled(record, name, records) for name, records in series.items() for record in records]
     title, front, mine = title or "Accuracy over the size of the file", pareto(recorded), {}
-    out = ipywidgets.Output(outputs=shown(plots.tradeoff(recorded, (), front, title))).add_class("wb-plot")
+    out = ipywidgets.Output(outputs=shown(_with_legend_below(recorded, [], front, title))).add_class("wb-plot")
 
     def add(point: Point) -> None:
         known = {"size_bytes": point.size_bytes, "accuracy": point.accuracy}
         mine[point.title] = SimpleNamespace(technique=point.title, settings={}, **known)
-        out.outputs = shown(plots.tradeoff(recorded, list(mine.values()), front, title))
+        out.outputs = shown(_with_legend_below(recorded, list(mine.values()), front, title))
 
     _on_point(panel, add, exact=True)
     return out
+
+
+def _with_legend_below(recorded: list, yours: list, front: list, title: str) -> go.Figure:
+    """Return the trade-off with room for a legend of many names, in two rows on a narrow page."""
+    below = {"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0}
+    figure = plots.tradeoff(recorded, yours, front, title)
+    return figure.update_layout(legend=below, height=440, margin_b=110).update_xaxes(automargin=False)
 
 
 def _labelled(record: Record, name: str, records: Sequence[Record]) -> Record:
