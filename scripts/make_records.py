@@ -90,7 +90,8 @@ TIMED = {
 
 def timed(name: str, technique: wb.Technique) -> bool:
     """True when this setting is to be timed."""
-    return technique.is_neutral or all(getattr(technique, key) in values for key, values in TIMED.get(name, {}).items())
+    wanted_values = TIMED.get(name, {"finetune": ()})
+    return technique.is_neutral or all(getattr(technique, key) in values for key, values in wanted_values.items())
 
 
 def wanted(technique: wb.Technique) -> dict:

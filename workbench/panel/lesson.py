@@ -64,34 +64,49 @@ def shown(figure: go.Figure) -> tuple[dict, ...]:
     return tuple({"output_type": "display_data", "data": part, "metadata": {}} for part in parts)
 
 
-def show(figure: go.Figure) -> ipywidgets.Output:
+class Plot(ipywidgets.Output):
+    """A place on the page that shows a figure, and another one later; `draw` may be called from any thread."""
+
+    def __init__(self, figure: go.Figure | None = None):
+        super().__init__()
+        self.add_class("wb-plot")
+        if figure is not None:
+            self.draw(figure)
+
+    def draw(self, figure: go.Figure) -> None:
+        """Show `figure`. Its height stands on the page too: a window that changes its width would else lose it."""
+        self.layout.height = f"{figure.layout.height or 360}px"
+        self.outputs = shown(figure)
+
+
+def show(figure: go.Figure) -> Plot:
     """Return a figure to end a cell with."""
-    return ipywidgets.Output(outputs=shown(figure)).add_class("wb-plot")
+    return Plot(figure)
 
 
-def follow(panel: Panel, draw: Callable[[Point], go.Figure]) -> ipywidgets.Output:
+def follow(panel: Panel, draw: Callable[[Point], go.Figure]) -> Plot:
     """Return a figure that is drawn by `draw(point)`, again whenever the panel shows another setting."""
-    out = ipywidgets.Output().add_class("wb-plot")
-    _on_point(panel, lambda point: setattr(out, "outputs", shown(draw(point))))
-    return out
+    plot = Plot()
+    _on_point(panel, lambda point: plot.draw(draw(point)))
+    return plot
 
 
-def tradeoff(panel: Panel, series: Mapping[str, Sequence[Record]], title: str = "") -> ipywidgets.Output:
+def tradeoff(panel: Panel, series: Mapping[str, Sequence[Record]], title: str = "") -> Plot:
     """Return the trade-off of recorded sweeps, their Pareto front, and the panel's own points as they are measured.
 
     `series` maps a name for the legend to its records.
     """
     recorded = [_labelled(record, name, records) for name, records in series.items() for record in records]
     title, front, mine = title or "Accuracy over the size of the file", pareto(recorded), {}
-    out = ipywidgets.Output(outputs=shown(_with_legend_below(recorded, [], front, title))).add_class("wb-plot")
+    plot = Plot(_with_legend_below(recorded, [], front, title))
 
     def add(point: Point) -> None:
         known = {"size_bytes": point.size_bytes, "accuracy": point.accuracy}
         mine[point.title] = SimpleNamespace(technique=point.title, settings={}, **known)
-        out.outputs = shown(_with_legend_below(recorded, list(mine.values()), front, title))
+        plot.draw(_with_legend_below(recorded, list(mine.values()), front, title))
 
     _on_point(panel, add, exact=True)
-    return out
+    return plot
 
 
 def _with_legend_below(recorded: list, yours: list, front: list, title: str) -> go.Figure:
