@@ -1,6 +1,7 @@
 """Channels that are removed must leave the outputs of a network in which they are zero: the oracle of this file."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from workbench.surgery import TracingError, channel_groups, cut_channels, trace_channels
+from workbench.surgery.channels import tracing
 from workbench.weights import FakeQuantize, Mask, attach_input_quantizer, parametrize_weight
 
 torch.set_num_threads(1)
@@ -395,3 +397,26 @@ def test_half_precision_and_several_inputs():
     model = Two().to(torch.bfloat16)
     (group,) = channel_groups(model, (torch.zeros(5, 3), torch.zeros(5, 4)))
     assert set(group.layers) == {"left", "right"}
+
+
+def test_a_model_that_another_thread_runs_is_left_alone_while_one_is_traced():
+    other, x, failed, done = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4), [], threading.Event()
+    expected = other(x)
+
+    def run():
+        while not done.is_set():
+            try:
+                assert torch.equal(other(x), expected)
+            except Exception as error:
+                failed.append(error)
+                return
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        for _ in range(30):
+            tracing.trace(nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(20)]))
+    finally:
+        done.set()
+        thread.join()
+    assert not failed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import os
 import sys
+import threading
 import traceback
 
 import torch
@@ -19,7 +20,25 @@ class TracingError(ValueError):
 
 
 class LineTracer(fx.Tracer):
-    """Take every layer whose forward is PyTorch's own as one operation, and note the line of each operation."""
+    """Take every layer whose forward is PyTorch's own as one operation, and note the line of each operation.
+
+    While it traces, torch.fx replaces `nn.Module.__call__` in the whole process. Models that other threads run in the
+    meantime are passed on untouched.
+    """
+
+    def trace(self, root, concrete_args=None):
+        self._thread = threading.get_ident()
+        return super().trace(root, concrete_args)
+
+    def call_module(self, m, forward, args, kwargs):
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """True for PyTorch's layers, also subclassed or with parametrizations; False for containers and own code."""
