@@ -35,13 +35,13 @@ test: $(VENV)/.test
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/nbstripout --verify $(wildcard notebooks/*.ipynb)
+	$(BIN)/nbstripout --verify --keep-id $(wildcard notebooks/*.ipynb)
 	$(BIN)/python -m pytest tests/test_project.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/nbstripout $(wildcard notebooks/*.ipynb)
+	$(BIN)/nbstripout --keep-id $(wildcard notebooks/*.ipynb)
 
 bench: $(VENV)/.test
 	$(BIN)/python scripts/bench.py $(ARGS)
