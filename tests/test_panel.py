@@ -12,6 +12,7 @@ import toy
 
 import workbench as wb
 from workbench.panel import panel
+from workbench.panel.board import is_usual
 from workbench.panel.worker import Worker
 from workbench.surgery import clone
 from workbench.technique import Technique, setting
@@ -390,3 +391,11 @@ def test_what_does_not_help_is_said(opened):
         assert "save bytes, not time" in shown.words.html or "faster" in shown.words.html
     quantized = opened(wb.Quantization)
     assert "simulated" in quantized.words.html
+
+
+def test_only_records_that_differ_by_the_slider_make_the_recorded_curve():
+    defaults = wb.LowRank().values()
+    assert is_usual(wb.LowRank, {**defaults, "rank": 0.2})
+    assert is_usual(wb.LowRank, {**defaults, "rank": 1.0, "objective": "weights"})  # the untouched model is on it
+    assert not is_usual(wb.LowRank, {**defaults, "objective": "weights"})
+    assert not is_usual(wb.LowRank, {**defaults, "finetune": 1})

@@ -117,6 +117,13 @@ def weight_parametrizations(layer: nn.Module) -> list[nn.Module]:
     return list(layer.parametrizations.weight)
 
 
+def finite_weight(name: str, weight: Tensor) -> Tensor:
+    """Return the weight of layer `name`, or raise ValueError if it holds NaN or infinity."""
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"The weight of layer {name!r} holds NaN or infinity; train or load the model again first.")
+    return weight
+
+
 def bake_weights(model: nn.Module) -> nn.Module:
     """Make all weights plain tensors, in place: masks and rounding are applied once, and the parametrizations go.
 

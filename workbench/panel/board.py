@@ -57,6 +57,14 @@ def _plain(trace, name: str):
     return value if value is None or isinstance(value, (bool, str)) else list(value)
 
 
+def is_usual(kind: type[Technique], settings: dict) -> bool:
+    """True when only the slider differs from the defaults: such records make one curve, which others must not join."""
+    if kind(**settings).is_neutral:
+        return True
+    fixed = [knob for knob in kind.settings() if not knob.is_number or knob.name in ("finetune", "soft_weight")]
+    return all(settings[knob.name] == knob.default for knob in fixed)
+
+
 class Panel(ipywidgets.VBox):
     """Sliders for one technique on one model: exact bytes while dragging, accuracy and latency when it rests.
 
@@ -145,7 +153,8 @@ class Panel(ipywidgets.VBox):
         name = getattr(self.model, "architecture", {}).get("name", "")
         every = [record for file in record_names() for record in read_records(file)]
         mine = {"model": name, "data": self.data.name, "technique": self.kind.__name__, "split": "val"}
-        return [r for r in every if all(getattr(r, key) == value for key, value in mine.items())]
+        fits = [r for r in every if all(getattr(r, key) == value for key, value in mine.items())]
+        return [r for r in fits if is_usual(self.kind, r.settings)]
 
     def _layout(self) -> tuple:
         row = lambda kind, *parts: ipywidgets.Box(parts).add_class("wb-row").add_class(kind)

@@ -25,7 +25,7 @@ from IPython.display import HTML, Markdown
 
 from workbench import plots
 from workbench.data import Data
-from workbench.panel.board import Panel
+from workbench.panel.board import Panel, is_usual
 from workbench.panel.controls import View, _text, word
 from workbench.panel.measure import Point, difference
 from workbench.panel.words import milliseconds, signed, speed, times
@@ -177,15 +177,7 @@ def records(name: str, **settings) -> list[Record]:
 
 def usual(name: str) -> list[Record]:
     """Return a sweep's records with all settings but numbers at their defaults: one curve."""
-    return [one for one in read_records(name) if _is_usual(one)]
-
-
-def _is_usual(record: Record) -> bool:
-    technique = _technique(record)
-    if technique(**record.settings).is_neutral:
-        return True
-    fixed = [k for k in technique.settings() if not k.is_number or k.name in ("finetune", "soft_weight")]
-    return all(record.settings[knob.name] == knob.default for knob in fixed)
+    return [one for one in read_records(name) if is_usual(_technique(one), one.settings)]
 
 
 def _plain(settings: dict) -> dict:

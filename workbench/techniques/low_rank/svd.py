@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from workbench.surgery import clone, remembered, replace_layer, weighted_layers
 from workbench.technique import Technique, setting
 from workbench.techniques.repair import calibration_batches, finetune, recalibrate
+from workbench.weights import finite_weight
 
 Factors = tuple[Tensor, Tensor, Tensor]
 
@@ -150,12 +151,7 @@ def _factors(weight: Tensor, moment: Tensor | None) -> Factors:
 def _all_factors(model: nn.Module, batches: list[Tensor]) -> dict[str, Factors]:
     """Decompose every layer that can be factored, for its outputs on `batches` or, without any, for its weight."""
     layers = [(name, layer) for name, layer in weighted_layers(model) if _can_factor(layer)]
-    weights = {name: layer.weight.detach().float().flatten(1) for name, layer in layers}
-    for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
-            raise ValueError(
-                f"The weight of layer {name!r} holds NaN or infinity; train or load the model again first."
-            )
+    weights = {name: finite_weight(name, layer.weight.detach()).float().flatten(1) for name, layer in layers}
     moments = second_moments(clone(model), batches)
     return {name: _factors(weight, moments.get(name)) for name, weight in weights.items()}
 

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from workbench.surgery import ChannelTrace, clone, cut_channels, remembered, trace_channels, weighted_layers
 from workbench.surgery.channels import ChannelGroup
 from workbench.technique import Technique, setting
-from workbench.techniques.pruning.magnitude import finite_weight
 from workbench.techniques.repair import calibration_batches, finetune, recalibrate
+from workbench.weights import finite_weight
 
 _POWERS = {"l1": 1, "l2": 2}
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from workbench.surgery import clone, remembered, weighted_layers
 from workbench.technique import Technique, setting
 from workbench.techniques.repair import finetune
-from workbench.weights import Mask, parametrize_weight, weight_parametrizations
+from workbench.weights import Mask, finite_weight, parametrize_weight, weight_parametrizations
 
 
 def magnitude_ranks(weights: list[Tensor]) -> list[Tensor]:
@@ -123,13 +123,6 @@ def _without_empty_layers(ranks: list[Tensor]) -> list[Tensor]:
 def _stored(layer: nn.Module) -> Tensor:
     """Return the tensor that lies under the layer's weight, below any parametrization."""
     return layer.parametrizations.weight.original if weight_parametrizations(layer) else layer.weight
-
-
-def finite_weight(name: str, weight: Tensor) -> Tensor:
-    """Return the weight of layer `name`, or raise ValueError if it holds NaN or infinity."""
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"The weight of layer {name!r} holds NaN or infinity; train or load the model again first.")
-    return weight
 
 
 def _attach(layer: nn.Module, mask: Tensor) -> None:

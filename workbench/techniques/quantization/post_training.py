@@ -24,7 +24,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from workbench.surgery import clone, remembered, weighted_layers
@@ -36,7 +35,7 @@ from workbench.techniques.quantization.calibration import (
     scale_and_zero,
     value_range,
 )
-from workbench.weights import FakeQuantize, InputQuantizer, attach_input_quantizer, parametrize_weight
+from workbench.weights import FakeQuantize, InputQuantizer, attach_input_quantizer, finite_weight, parametrize_weight
 
 CALIBRATION_IMAGES = 512
 
@@ -89,11 +88,7 @@ class Quantization(Technique):
         return small
 
     def _weight_quantizer(self, model: nn.Module, name: str) -> FakeQuantize:
-        weight = model.get_submodule(name).weight.detach()
-        if not torch.isfinite(weight).all():
-            raise ValueError(
-                f"The weight of layer {name!r} holds NaN or infinity; train or load the model again first."
-            )
+        weight = finite_weight(name, model.get_submodule(name).weight.detach())
         choice = (self.weight_bits, self.granularity, self.scheme, self.calibration)
         found = remembered(model, ("weight range", name, choice), lambda: weight_quantizer(weight, *choice))
         return clone(found)
