@@ -20,9 +20,10 @@ from workbench.records import read_records, record_names
 from workbench.runtimes import available_runtimes, runtime
 from workbench.technique import Technique
 
-REST = 0.12  # seconds without a new value after which the slider counts as released
+REST = 0.08  # seconds without a new value after which the slider counts as released
 PATIENCE = 5.0  # seconds to wait for the release of a slider that is held still; the browser may never tell of it
-FRAME = 0.1  # seconds between two drawings of progress
+FRAME = 0.1  # seconds between two drawings of progress in tiles and words
+FIGURE_FRAME = 0.4  # of the figure, since the browser's drawing takes a processor from what is measured
 
 
 class Figure(go.FigureWidget):
@@ -100,7 +101,7 @@ class Panel(ipywidgets.VBox):
         self._training: list | None = None
         self._lock = threading.RLock()  # held for moments only, so that Stop never waits for a drawing
         self._drawing = threading.RLock()
-        self._drawn = 0.0
+        self._drawn = self._figure_drawn = 0.0
         self._layers = measure.layer_names(model)
         self._example = data.example()
         self.worker = Worker(self._failed)
@@ -363,24 +364,34 @@ class Panel(ipywidgets.VBox):
         )
 
     def _measure(self, point: Point, name: str, stale) -> Steps:
-        """Count accuracy, then time; results appear as they come."""
+        """Count accuracy, then time; results appear as they come, and those of a stopped measurement stay."""
         timing = point.timings.get(name)
         if not (point.exact and timing and timing.done):
             self.measurements += 1
             self._progress("measuring", "measuring …", stale)
+        try:
+            yield from self._count(point, stale)
+            yield from self._time(point, name, stale)
+        finally:
+            if self.state == "stopped":
+                self._draw()
+        self._progress("done", self._hint() or "measured", stale)
+
+    def _count(self, point: Point, stale) -> Steps:
         for one, label in ((self.baseline, "the baseline's accuracy"), (point, "accuracy")):
             for _ in measure.score(one, self.data.val):
                 seen = f"measuring {label} … {len(one.hits):,}/{len(self.data.val):,}"
                 self._tick("measuring", seen, stale)
                 yield
         self._draw()
+
+    def _time(self, point: Point, name: str, stale) -> Steps:
         for one in self._runtimes(name):
             for timing in measure.time_point(point, self.baseline, one, self._example):
                 calls = timing.now.calls if timing and timing.now else 0
                 self._tick("measuring", f"measuring latency, {one} … {calls} calls", stale)
                 yield
         self._draw()
-        self._progress("done", self._hint() or "measured", stale)
 
     def _runtimes(self, name: str) -> list[str]:
         return [name, *([self._gpu[0]] if self._gpu[0] else [])]
@@ -469,13 +480,14 @@ class Panel(ipywidgets.VBox):
                 self.status.html = words.status(state, text, self.measurements)
 
     def _tick(self, state: str, text: str, stale) -> None:
-        """Draw progress, at most ten times a second; nothing of a job that became old."""
-        if time.monotonic() - self._drawn > FRAME and not stale():
+        """Draw progress, at most ten times a second, the figure less often; nothing of a job that became old."""
+        now = time.monotonic()
+        if now - self._drawn > FRAME and not stale():
             self._progress(state, text, stale)
-            self._draw()
+            self._draw(figure=now - self._figure_drawn > FIGURE_FRAME)
 
-    def _draw(self) -> None:
-        """Bring tiles, figure, sentences and table up to date."""
+    def _draw(self, figure: bool = True) -> None:
+        """Bring tiles, sentences, table and, unless told otherwise, the figure up to date."""
         with self._drawing:
             hint = self._hint()
             self.train_button.description = "Train it here" if self.kind.trains else "Fine-tune it here"
@@ -483,7 +495,9 @@ class Panel(ipywidgets.VBox):
             self.train_button.layout.display = "none" if self.train_button.disabled else None
             name, now, base, pinned = self.runtime.value, self.point, self.baseline, self.pinned
             self.tiles.html = words.tiles(now, base, pinned, name, self._gpu)
-            self._draw_figure(name)
+            if figure:
+                self._draw_figure(name)
+                self._figure_drawn = time.monotonic()
             self.words.html = words.in_words(now, base, name, hint)
             self.table.html = words.table(now, base, pinned)
             self._drawn = time.monotonic()

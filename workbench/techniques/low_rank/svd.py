@@ -8,7 +8,7 @@ followed by a 1×1 convolution.
 Settings: `rank`, the part of the full rank that is kept in every layer. A layer whose two factors would hold more
 numbers than it has now is left alone. `objective` says what is approximated: "weights", or the layer's "outputs" on 128
 training images, where directions that the inputs hardly use cost nothing. `recalibrate` measures the statistics of
-BatchNorm anew. `finetune`, epochs of training afterwards.
+BatchNorm anew on 64 of them. `finetune`, epochs of training afterwards.
 
 When it helps: wide layers whose inputs or weights use few directions: fully connected layers, and convolutions with
 many channels. The factors are dense, so every runtime gains.
@@ -189,5 +189,5 @@ class LowRank(Technique):
                 if rank is not None:
                     replace_layer(small, name, factored(layer, *_cut(factors[name], rank)))
             if self.recalibrate and batches:
-                recalibrate(small, batches)
+                recalibrate(small, batches[:1])
         return finetune(small, data, self.finetune, watch)

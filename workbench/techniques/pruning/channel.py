@@ -7,7 +7,7 @@ sum, a depthwise convolution or a flattening go together. What is left is an ord
 Settings: `sparsity`, the part of the channels removed. `criterion`, "l2" or "l1": the norm by which channels are
 compared, summed over all layers that the channel stands in. `scope` "layer" removes the same part everywhere;
 "global" compares channels over the whole model, each relative to the average of its own group. `round_to` leaves
-channel counts at multiples of 8 or 16, which kernels like. `recalibrate` measures BatchNorm statistics anew on 128
+channel counts at multiples of 8 or 16, which kernels like. `recalibrate` measures BatchNorm statistics anew on 64
 training images. `finetune`, epochs of training afterwards. One channel of each group, or one multiple, always stays.
 
 When it helps: everywhere at once. File, memory, multiply-adds and latency all fall on every runtime, since the
@@ -99,7 +99,7 @@ class ChannelPruning(Technique):
         if self.sparsity > 0:
             cut_channels(small, self.cuts(model, data))
             if self.recalibrate:
-                recalibrate(small, calibration_batches(model, data))
+                recalibrate(small, calibration_batches(model, data)[:1])
         return finetune(small, data, self.finetune, watch)
 
     def cuts(self, model: nn.Module, data: Any) -> list[tuple[ChannelGroup, Tensor]]:
