@@ -8,7 +8,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "workbench.technique": ("Pipeline", "Setting", "Technique", "setting"),
+    "workbench.technique": ("Pipeline", "Setting", "StageReport", "Technique", "setting"),
     "workbench.data": ("DATA_SETS", "Data", "DataError", "Split", "load_data"),
     "workbench.models": ("MODELS", "build", "load_model"),
     "workbench.training": ("Accuracy", "Step", "evaluate", "evaluations", "fit"),
@@ -16,11 +16,16 @@ _HOME = {
         "TECHNIQUES",
         "ChannelPruning",
         "Distillation",
+        "DistillationFeatures",
+        "DistillationRelational",
+        "FineTune",
         "LowRank",
         "MagnitudePruning",
         "Quantization",
+        "SelfDistillation",
     ),
     "workbench.artifact": ("ArtifactError", "Ledger", "encode", "ledger", "load", "save"),
+    "workbench.invariants": ("Invariants", "broken"),
     "workbench.runtimes": ("RUNTIMES",),
     "workbench.profiler": ("Profile", "profile"),
     "workbench.records": ("Record", "pareto", "read_records", "sweep"),

@@ -14,18 +14,22 @@ LEARNING_RATE = 1e-3  # a tenth of what training from scratch uses: the weights 
 SEED = 0
 
 
-def finetune(model: nn.Module, data: Any, epochs: int, watch=None) -> nn.Module:
+def finetune(model: nn.Module, data: Any, epochs: int, watch=None, **options) -> nn.Module:
     """Train `model` in place for `epochs` and return it in eval mode; `watch(step)` returning False stops early.
 
-    Raises ValueError if there are epochs to train but `data` holds no training images.
+    `options` go to `fit`. Raises ValueError if there are epochs to train but `data` holds no training images, or the
+    weights are not float32.
     """
     if epochs == 0:
         return model.eval()
     if not hasattr(data, "train"):
-        raise ValueError("Fine-tuning needs training images: pass a data set from load_data, or set finetune=0.")
+        raise ValueError("Fine-tuning needs training images: pass a data set from load_data, or train no epochs.")
+    other = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
+    if other is not None:
+        raise ValueError(f"Fine-tuning needs weights in float32, and this model holds {other}: call model.float().")
     from workbench.training import fit
 
-    steps = fit(model, data, epochs=epochs, learning_rate=LEARNING_RATE, seed=SEED)
+    steps = fit(model, data, **{"epochs": epochs, "learning_rate": LEARNING_RATE, "seed": SEED, **options})
     for step in steps:
         if watch is not None and watch(step) is False:
             steps.close()
