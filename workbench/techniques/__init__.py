@@ -2,9 +2,43 @@
 
 from workbench.techniques.distillation import Distillation
 from workbench.techniques.low_rank import LowRank
-from workbench.techniques.pruning import ChannelPruning, MagnitudePruning
+from workbench.techniques.pruning import (
+    ChannelPruning,
+    GradualPruning,
+    LayerDropping,
+    MagnitudePruning,
+    MovementPruning,
+    SemiStructuredPruning,
+    WandaPruning,
+    WeightDecayPruning,
+)
 from workbench.techniques.quantization import Quantization
 
-TECHNIQUES = (LowRank, MagnitudePruning, ChannelPruning, Quantization, Distillation)
+TECHNIQUES = (
+    LowRank,
+    MagnitudePruning,
+    GradualPruning,
+    MovementPruning,
+    WeightDecayPruning,
+    WandaPruning,
+    SemiStructuredPruning,
+    ChannelPruning,
+    LayerDropping,
+    Quantization,
+    Distillation,
+)
 
-__all__ = ["TECHNIQUES", "ChannelPruning", "Distillation", "LowRank", "MagnitudePruning", "Quantization"]
+__all__ = [
+    "TECHNIQUES",
+    "ChannelPruning",
+    "Distillation",
+    "GradualPruning",
+    "LayerDropping",
+    "LowRank",
+    "MagnitudePruning",
+    "MovementPruning",
+    "Quantization",
+    "SemiStructuredPruning",
+    "WandaPruning",
+    "WeightDecayPruning",
+]
