@@ -113,6 +113,12 @@ class _State:
     epoch: int = 0
     best: Accuracy | None = None
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    each_step: Callable[[int, int], bool | None] | None = None
+
+    def tell_step(self) -> None:
+        """Call `each_step`, and forget the best weights if it says that the model has become another one."""
+        if self.each_step and self.each_step(self.schedule.last_epoch + 1, self.schedule.total_steps):
+            self.best, self.best_weights = None, {}
 
     def keep_if_best(self, accuracy: Accuracy) -> None:
         if self.best is None or accuracy.value >= self.best.value:
@@ -236,6 +242,7 @@ def fit(
     soft_weight: float = 0.9,
     checkpoint: Path | None = None,
     objective: Objective | None = None,
+    each_step: Callable[[int, int], bool | None] | None = None,
 ) -> Iterator[Step]:
     """Train `model` in place (AdamW, one cycle) and yield a `Step` each few batches.
 
@@ -243,13 +250,15 @@ def fit(
     the best weights so far, in eval mode. With `checkpoint`, each epoch is saved there and a later call goes on from
     it. With `teacher`, the loss is `distillation_loss`; `objective` is any other loss, of a model and a batch. The same
     seed gives the same result on the same machine.
+    `each_step(number, steps)` is called in every step, number 1 first, when the gradients are there and the weights
+    have not moved yet; it may change the model, and returning True makes `fit` forget what was best before.
     """
     per_epoch = math.ceil(len(data.train) / batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=max(5, epochs * per_epoch), pct_start=0.25
     )  # torch divides by zero where a quarter of the steps is exactly one
-    state = _State(model, optimizer, schedule)
+    state = _State(model, optimizer, schedule, each_step=each_step)
     if checkpoint and checkpoint.is_file():
         state.load(checkpoint, per_epoch)
     if objective is None:
@@ -294,6 +303,7 @@ def _update(state: _State, images: Tensor, labels: Tensor, objective: Objective)
         loss = objective(state.model, images, labels)
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    state.tell_step()
     state.optimizer.step()
     state.schedule.step()
     return loss.item()

@@ -8,13 +8,28 @@ from workbench.techniques.distillation import (
 )
 from workbench.techniques.finetuning import FineTune
 from workbench.techniques.low_rank import LowRank
-from workbench.techniques.pruning import ChannelPruning, MagnitudePruning
+from workbench.techniques.pruning import (
+    ChannelPruning,
+    GradualPruning,
+    LayerDropping,
+    MagnitudePruning,
+    MovementPruning,
+    SemiStructuredPruning,
+    WandaPruning,
+    WeightDecayPruning,
+)
 from workbench.techniques.quantization import Quantization
 
 TECHNIQUES = (
     LowRank,
     MagnitudePruning,
+    GradualPruning,
+    MovementPruning,
+    WeightDecayPruning,
+    WandaPruning,
+    SemiStructuredPruning,
     ChannelPruning,
+    LayerDropping,
     Quantization,
     Distillation,
     DistillationFeatures,
@@ -29,8 +44,14 @@ __all__ = [
     "DistillationFeatures",
     "DistillationRelational",
     "FineTune",
+    "GradualPruning",
+    "LayerDropping",
     "LowRank",
     "MagnitudePruning",
+    "MovementPruning",
     "Quantization",
     "SelfDistillation",
+    "SemiStructuredPruning",
+    "WandaPruning",
+    "WeightDecayPruning",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,29 @@ def finetune(model: nn.Module, data: Any, epochs: int, watch=None, **options) ->
         if watch is not None and watch(step) is False:
             steps.close()
     return model.eval()
+
+
+class Trainings:
+    """Several trainings that look like one: steps are numbered through, and one stop stops all that follow."""
+
+    def __init__(self, watch, epochs: int):
+        self.watch, self.epochs, self.done, self.stopped = watch, epochs, 0, False
+
+    def finetune(self, model: nn.Module, data: Any, epochs: int, **options) -> nn.Module:
+        """Do as `finetune` does, or nothing after a stop."""
+        if self.stopped:
+            return model.eval()
+        finetune(model, data, epochs, lambda step: self._tell(step, epochs), **options)
+        self.done += epochs
+        return model
+
+    def _tell(self, step, epochs: int) -> bool:
+        each = step.steps // epochs
+        numbered = replace(
+            step, step=step.step + self.done * each, steps=self.epochs * each, epoch=step.epoch + self.done
+        )
+        self.stopped = self.watch is not None and self.watch(numbered) is False
+        return not self.stopped
 
 
 def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
