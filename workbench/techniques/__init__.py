@@ -3,8 +3,50 @@
 from workbench.techniques.distillation import Distillation
 from workbench.techniques.low_rank import LowRank
 from workbench.techniques.pruning import ChannelPruning, MagnitudePruning
-from workbench.techniques.quantization import Quantization
+from workbench.techniques.quantization import (
+    AWQ,
+    GPTQ,
+    AdaRound,
+    BFloat16,
+    Float8,
+    Float16,
+    MixedPrecision,
+    NormalFloat4,
+    Quantization,
+    QuantizationAwareTraining,
+)
 
-TECHNIQUES = (LowRank, MagnitudePruning, ChannelPruning, Quantization, Distillation)
+TECHNIQUES = (
+    LowRank,
+    MagnitudePruning,
+    ChannelPruning,
+    Quantization,
+    AdaRound,
+    GPTQ,
+    AWQ,
+    QuantizationAwareTraining,
+    MixedPrecision,
+    Float16,
+    BFloat16,
+    Float8,
+    NormalFloat4,
+    Distillation,
+)
 
-__all__ = ["TECHNIQUES", "ChannelPruning", "Distillation", "LowRank", "MagnitudePruning", "Quantization"]
+__all__ = [
+    "AWQ",
+    "GPTQ",
+    "TECHNIQUES",
+    "AdaRound",
+    "BFloat16",
+    "ChannelPruning",
+    "Distillation",
+    "Float8",
+    "Float16",
+    "LowRank",
+    "MagnitudePruning",
+    "MixedPrecision",
+    "NormalFloat4",
+    "Quantization",
+    "QuantizationAwareTraining",
+]

@@ -11,7 +11,7 @@ from workbench.surgery import weighted_layers
 
 
 def mean_inputs(model: nn.Module, images: Tensor) -> dict[str, list[Tensor]]:
-    """Return the mean input of each weighted layer over `images` (N, C, H, W): one (1, …) tensor for each call of it."""
+    """Return the mean input of each weighted layer over `images` (N, C, H, W): one (1, …) tensor a call."""
     seen: dict[str, list[Tensor]] = {}
 
     def watch(name):

@@ -38,7 +38,7 @@ def scale_and_zero(low: Tensor, high: Tensor, quant_min: int, quant_max: int, sy
 def rounding_errors(
     values: Tensor, scale: Tensor, zero: Tensor, quant_min: int, quant_max: int, room: Tensor | None = None
 ) -> Tensor:
-    """Return the mean squared error (rows,) of rounding `values` (rows, n) to the integers' levels, scale and zero (rows,).
+    """Return the mean squared error (rows,) of rounding `values` (rows, n) to levels of `scale` and `zero` (rows,).
 
     `room`: a tensor like `values` to work in, which spares a search of many ranges most of its time.
     """
@@ -80,8 +80,8 @@ def entropy_threshold(magnitudes: Tensor, levels: int) -> float:
     """Return where to cut `magnitudes` (n,), none negative, so that `levels` levels keep most of their information.
 
     For each cut, the histogram below it (with what lies above added to its last bin) is compared with itself after it
-    was merged into `levels` bins; the cut of the least Kullback-Leibler divergence wins. Exact zeros do not count, since
-    every range holds them. Source: Migacz, 2017, "8-bit inference with TensorRT", GTC.
+    was merged into `levels` bins; the cut of the least Kullback-Leibler divergence wins. Exact zeros do not count,
+    since every range holds them. Source: Migacz, 2017, "8-bit inference with TensorRT", GTC.
     """
     found = magnitudes[magnitudes > 0].float()
     top = float(found.max()) if found.numel() else 0.0

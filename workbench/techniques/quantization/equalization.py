@@ -21,8 +21,8 @@ CLOSE = 1e-3
 def equalizing_factors(first: Tensor, second: Tensor) -> Tensor:
     """Return s (channels,) so that first / s and second · s have equal ranges; channels without weights get 1.
 
-    `first`, `second`: largest magnitudes of a channel's weights in the layer that makes it and in the one that reads it.
-    Source: Nagel et al., 2019, arXiv:1906.04721, equation 11.
+    `first`, `second`: largest magnitudes of a channel's weights in the layer that makes it and in the one that reads
+    it. Source: Nagel et al., 2019, arXiv:1906.04721, equation 11.
     """
     factors = torch.sqrt(first / second)
     return torch.where((first > 0) & (second > 0), factors, torch.ones_like(factors))

@@ -13,14 +13,14 @@ multiplies BatchNorm into the layer before it. `equalize` also moves factors bet
 channels use the range alike. `bias_correction` takes the mean error of each channel out of its bias.
 
 When it helps: 8 bits cost almost no accuracy, make the file four times smaller and, with activations in 8 bits too,
-run on integer kernels several times faster. With one scale a tensor, equalization and bias correction bring back much of
-what is lost where channels differ in range.
+run on integer kernels several times faster. With one scale a tensor, equalization and bias correction bring back
+much of what is lost where channels differ in range.
 
 When it does not: below 8 bits no kernel here computes with such weights, so the file shrinks and the time does not.
 Weights alone (activations in fp32) are computed in fp32. In eager mode the rounding is simulated, and slower than
-fp32. Below 4 bits accuracy falls quickly without retraining, with one scale a tensor even earlier. Groups have no kernel
-here either. With one scale a channel, equalization gains little. A layer that holds a codebook already gets one scale
-and keeps its number of levels; folding and equalization leave layers alone that are coded already.
+fp32. Below 4 bits accuracy falls quickly without retraining, with one scale a tensor even earlier. Groups have no
+kernel here either. With one scale a channel, equalization gains little. A layer that holds a codebook already gets one
+scale and keeps its number of levels; folding and equalization leave layers alone that are coded already.
 
 Source: Jacob et al., 2018, arXiv:1712.05877; Nagel et al., 2019, arXiv:1906.04721 (equalization, bias correction);
 Nagel et al., 2021, arXiv:2106.08295.
@@ -31,7 +31,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from workbench.surgery import clone, remembered, weighted_layers
@@ -139,7 +138,7 @@ class Quantization(Technique):
                 attach_input_quantizer(small.get_submodule(name), quantizer)
         if self.weight_bits <= 8:
             for name, layer in weighted_layers(small):
-                parametrize_weight(layer, self._weight_quantizer(model, name))
+                parametrize_weight(layer, self.layer_quantizer(model, name))
             if self.bias_correction:
                 self._correct_biases(model, small, data)
         return small
@@ -150,7 +149,8 @@ class Quantization(Technique):
             return remembered(model, "equalized", lambda: equalize_layers(fold_norms(clone(model))))
         return remembered(model, "folded", lambda: fold_norms(clone(model))) if self.fold else model
 
-    def _weight_quantizer(self, model: nn.Module, name: str) -> FakeQuantize:
+    def layer_quantizer(self, model: nn.Module, name: str) -> FakeQuantize:
+        """Return a new quantizer of the weight of layer `name` as these settings choose it, computed once."""
         layer = model.get_submodule(name)
         granularity = fitting_granularity(layer, self.granularity)
         choice = (self.weight_bits, granularity, self.scheme, self.calibration, self.group_size)

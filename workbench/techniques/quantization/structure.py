@@ -79,10 +79,22 @@ def stored_weight(layer: nn.Module) -> Tensor | None:
     return getattr(layer, "weight", None)
 
 
+def only_masked(layer: nn.Module) -> bool:
+    """True where nothing but masks lies on the layer's weight, so that what lies below may be set."""
+    return all(isinstance(p, Mask) for p in weight_parametrizations(layer))
+
+
 def is_plain(layer: nn.Module) -> bool:
     """True where nothing but masks lies on the layer's weight and nothing on its bias, so that both may be rescaled."""
-    masks = all(isinstance(p, Mask) for p in weight_parametrizations(layer))
-    return masks and not parametrize.is_parametrized(layer, "bias")
+    return only_masked(layer) and not parametrize.is_parametrized(layer, "bias")
+
+
+def tied_layers(model: nn.Module) -> list[list[str]]:
+    """Return the names of the weighted layers in order, those that share one weight together."""
+    found: dict[int, list[str]] = {}
+    for name, layer in weighted_layers(model):
+        found.setdefault(id(stored_weight(layer)), []).append(name)
+    return list(found.values())
 
 
 def sources(node: fx.Node) -> fx.Node | None:
