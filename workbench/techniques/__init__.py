@@ -7,7 +7,7 @@ from workbench.techniques.distillation import (
     SelfDistillation,
 )
 from workbench.techniques.finetuning import FineTune
-from workbench.techniques.low_rank import LowRank
+from workbench.techniques.low_rank import CPDecomposition, LoRA, LowRank, Tucker
 from workbench.techniques.pruning import (
     ChannelPruning,
     GradualPruning,
@@ -18,10 +18,23 @@ from workbench.techniques.pruning import (
     WandaPruning,
     WeightDecayPruning,
 )
-from workbench.techniques.quantization import Quantization
+from workbench.techniques.quantization import (
+    AWQ,
+    GPTQ,
+    AdaRound,
+    BFloat16,
+    Float8,
+    Float16,
+    MixedPrecision,
+    NormalFloat4,
+    Quantization,
+    QuantizationAwareTraining,
+)
 
 TECHNIQUES = (
     LowRank,
+    Tucker,
+    CPDecomposition,
     MagnitudePruning,
     GradualPruning,
     MovementPruning,
@@ -31,27 +44,19 @@ TECHNIQUES = (
     ChannelPruning,
     LayerDropping,
     Quantization,
+    AdaRound,
+    GPTQ,
+    AWQ,
+    QuantizationAwareTraining,
+    MixedPrecision,
+    Float16,
+    BFloat16,
+    Float8,
+    NormalFloat4,
     Distillation,
     DistillationFeatures,
     DistillationRelational,
     SelfDistillation,
 )
 
-__all__ = [
-    "TECHNIQUES",
-    "ChannelPruning",
-    "Distillation",
-    "DistillationFeatures",
-    "DistillationRelational",
-    "FineTune",
-    "GradualPruning",
-    "LayerDropping",
-    "LowRank",
-    "MagnitudePruning",
-    "MovementPruning",
-    "Quantization",
-    "SelfDistillation",
-    "SemiStructuredPruning",
-    "WandaPruning",
-    "WeightDecayPruning",
-]
+__all__ = ["TECHNIQUES", "FineTune", *(technique.__name__ for technique in TECHNIQUES)]
