@@ -62,7 +62,7 @@ def is_usual(kind: type[Technique], settings: dict) -> bool:
     if kind(**settings).is_neutral:
         return True
     fixed = [knob for knob in kind.settings() if not knob.is_number or knob.name in ("finetune", "soft_weight")]
-    return all(settings[knob.name] == knob.default for knob in fixed)
+    return all(settings.get(knob.name, knob.default) == knob.default for knob in fixed)
 
 
 class Panel(ipywidgets.VBox):
