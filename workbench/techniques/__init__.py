@@ -30,11 +30,15 @@ from workbench.techniques.quantization import (
     Quantization,
     QuantizationAwareTraining,
 )
+from workbench.techniques.topology import DepthwiseSeparable, PointwiseConvolution
 
 TECHNIQUES = (
     LowRank,
     Tucker,
     CPDecomposition,
+    DepthwiseSeparable,
+    PointwiseConvolution,
+    LoRA,
     MagnitudePruning,
     GradualPruning,
     MovementPruning,

@@ -106,7 +106,7 @@ class ChannelPruning(Scoped, Technique):
             sparsity = 1 - (1 - self.sparsity) ** (done / self.rounds)
             cut_channels(small, self._cuts(model if done == 1 else small, data, sparsity, sizes))
             if self.recalibrate:
-                recalibrate(small, calibration_batches(model, data)[:1])
+                recalibrate(small, calibration_batches(model, data))
             trainings.finetune(small, data, self.finetune)
         return small.eval()
 

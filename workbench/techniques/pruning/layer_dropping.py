@@ -135,7 +135,7 @@ class LayerDropping(Technique):
             for name in order[: round(self.sparsity * len(order))]:
                 replace_layer(small, name, nn.Identity())
             if self.recalibrate:
-                recalibrate(small, calibration_batches(model, data)[:1])
+                recalibrate(small, calibration_batches(model, data))
         return finetune(small, data, self.finetune, watch)
 
     def order(self, model: nn.Module, data: Any) -> list[str]:
