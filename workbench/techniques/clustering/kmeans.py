@@ -1,17 +1,18 @@
 """Weight clustering: let all weights of a layer share a few values, found by k-means.
 
-Idea: a layer needs few different values. Group its weights into 2^bits clusters, replace each weight by the mean of its
-cluster, and store the cluster's number with a small table of means. The table keeps training: a mean moves by the summed
-gradient of its weights.
+Idea: a layer needs few different values. Group its weights into 2^bits clusters, replace each weight by the mean of
+its cluster, and store the cluster's number with a small table of means. The table keeps training: a mean moves by the
+summed gradient of its weights.
 
 Settings: `bits` of a stored weight, so 2 to 256 shared values. `initial` says where the means start: evenly from the
 smallest weight to the largest (linear), at evenly spaced quantiles (density), or at random far from one another
-(k-means++, the best of several tries). `scope` "layer" finds values for each layer, "global" one set for all. `finetune`,
-epochs of training of the shared values afterwards. `seed` of k-means++. Pruned weights stay zero, and zero is one of the
-values. A layer with no more different weights than values keeps them all, exactly.
+(k-means++). From there on, clusters that hardly matter are exchanged for ones that do, so that the start matters less
+than it does for plain k-means. `scope` "layer" finds values for each layer, "global" one set for all.
+`finetune`, epochs of training of the shared values afterwards. `seed` of k-means++. Pruned weights stay zero, and zero
+is one of the values. A layer with no more different weights than values keeps them all, exactly.
 
 When it helps: the file. The values may lie anywhere, unlike the even steps of integers, so at 2 to 4 bits less is lost,
-and entropy coding makes use of frequent ones. Linear starts keep the few large weights, which matter most.
+and entropy coding makes use of frequent ones.
 
 When it does not: speed and memory. No kernel here looks weights up in a table, so OpenVINO and torch compute with them
 in fp32 as before: the file shrinks, the time does not. At 8 bits it gains nothing over rounding to integers, which
@@ -25,6 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,8 +36,9 @@ from workbench.techniques.repair import finetune
 from workbench.weights import Codebook, finite_weight, parametrize_weight, weight_parametrizations
 
 INITIAL = ("linear", "density", "k-means++")
-ROUNDS = 300  # of assigning and averaging, at most
-TRIES = 4  # of k-means++
+ROUNDS = 100  # of assigning and averaging, at most
+EXCHANGES = 30  # of clusters that hardly matter for ones that do, at most
+WORTH = 1.05  # how much more a split must gain than the join costs
 SAMPLE = 4096  # values that k-means++ draws from
 
 
@@ -43,87 +46,107 @@ SAMPLE = 4096  # values that k-means++ draws from
 class SortedValues:
     """Values in order, float64 (n,), and the sums of the first 0 … n of them: what makes each round quick."""
 
-    values: Tensor
-    sums: Tensor
-    squares: Tensor
-    distinct: Tensor
+    values: np.ndarray
+    sums: np.ndarray
+    squares: np.ndarray
+    distinct: np.ndarray
 
     @classmethod
     def of(cls, values: Tensor) -> SortedValues:
         """Sort finite numbers of any shape."""
-        ordered = values.detach().flatten().double().sort().values
-        zero = ordered.new_zeros(1)
-        sums, squares = (torch.cat([zero, part.cumsum(0)]) for part in (ordered, ordered.square()))
-        return cls(ordered, sums, squares, ordered.unique_consecutive())
+        ordered = values.detach().flatten().float().sort().values.numpy().astype(np.float64)
+        sums, squares = (np.concatenate([[0.0], part.cumsum()]) for part in (ordered, ordered**2))
+        different = np.ones(len(ordered), bool)
+        different[1:] = ordered[1:] != ordered[:-1]
+        return cls(ordered, sums, squares, ordered[different])
 
-    def clusters(self, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return how many values are nearest to each of the sorted centroids (k,), their sums and sums of squares."""
-        ends = torch.searchsorted(self.values, (centroids[1:] + centroids[:-1]) / 2, right=True)
-        ends = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), len(self.values))])
-        return ends.diff(), self.sums[ends].diff(), self.squares[ends].diff()
+    def ends(self, centroids: np.ndarray) -> np.ndarray:
+        """Return where in the order the values nearest to each of the sorted centroids (k,) begin and end: (k + 1,)."""
+        middles = (centroids[1:] + centroids[:-1]) / 2
+        return np.concatenate([[0], self.values.searchsorted(middles, side="right"), [len(self.values)]])
 
-    def inertia(self, centroids: Tensor) -> float:
+    def means(self, ends: np.ndarray, empty: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many values lie between these places, and their mean; where there are none, `empty`."""
+        counts = np.diff(ends)
+        return counts, np.where(counts > 0, np.diff(self.sums[ends]) / np.maximum(counts, 1), empty)
+
+    def inertia(self, centroids: np.ndarray) -> float:
         """Return the summed squared distance of each value to the nearest of the sorted centroids."""
-        counts, sums, squares = self.clusters(centroids)
-        return float((squares - 2 * centroids * sums + counts * centroids.square()).sum())
+        ends = self.ends(centroids)
+        sums, squares = np.diff(self.sums[ends]), np.diff(self.squares[ends])
+        return float((squares - 2 * centroids * sums + np.diff(ends) * centroids**2).sum())
 
 
-def initial_centroids(data: SortedValues, count: int, initial: str, generator: torch.Generator | None = None) -> Tensor:
+def initial_centroids(data: SortedValues, count: int, initial: str, random: np.random.Generator) -> np.ndarray:
     """Return `count` sorted starting points, float64, chosen in one of the ways INITIAL."""
     values = data.values
     if initial == "linear":
-        return torch.linspace(float(values[0]), float(values[-1]), count, dtype=values.dtype)
+        return np.linspace(values[0], values[-1], count)
     if initial == "density":
-        places = (torch.arange(count, dtype=values.dtype) + 0.5) / count * len(values)
-        return values[places.long().clamp(max=len(values) - 1)]
-    return _far_apart(values, count, generator)
+        return values[((np.arange(count) + 0.5) / count * len(values)).astype(int)]
+    return _far_apart(values, count, random)
 
 
-def _far_apart(values: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+def _far_apart(values: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
     """Draw each next point with a chance that grows with its squared distance from those drawn before."""
-    pool = values[torch.linspace(0, len(values) - 1, min(SAMPLE, len(values))).long()]
-    first = torch.randint(len(pool), (1,), generator=generator)
-    drawn, distance = [first], (pool - pool[first]).square()
+    pool = values[np.linspace(0, len(values) - 1, min(SAMPLE, len(values))).astype(int)]
+    drawn = [pool[random.integers(len(pool))]]
+    distance = (pool - drawn[0]) ** 2
     for _ in range(count - 1):
-        weights = distance if float(distance.sum()) > 0 else torch.ones_like(distance)
-        drawn.append(torch.multinomial(weights, 1, generator=generator))
-        distance = torch.minimum(distance, (pool - pool[drawn[-1]]).square())
-    return pool[torch.cat(drawn)].sort().values
+        below = distance.cumsum()
+        place = below.searchsorted(random.random() * below[-1], side="right")
+        drawn.append(pool[min(place, len(pool) - 1)])
+        distance = np.minimum(distance, (pool - drawn[-1]) ** 2)
+    return np.sort(drawn)
 
 
-def lloyd(data: SortedValues, centroids: Tensor) -> Tensor:
-    """Move sorted centroids (k,) to the means of their values until nothing changes; none is left without values."""
-    for _ in range(ROUNDS):
-        counts, sums, squares = data.clusters(centroids)
-        moved = torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
-        if (counts == 0).any():
-            moved = _refill(moved, counts, squares - sums.square() / counts.clamp(min=1))
-        elif torch.equal(moved, centroids):
+def lloyd(data: SortedValues, centroids: np.ndarray, rounds: int) -> np.ndarray:
+    """Move sorted centroids (k,) towards the means of the values nearest to them, until they stay."""
+    for _ in range(rounds):
+        _, means = data.means(data.ends(centroids), centroids)
+        if np.array_equal(means, centroids):
             break
-        centroids = moved
+        centroids = means
     return centroids
 
 
-def _refill(centroids: Tensor, counts: Tensor, spread: Tensor) -> Tensor:
-    """Move the centroids without values beside those whose values lie furthest apart, which then share them."""
-    empty = (counts == 0).nonzero().flatten()
-    widest = spread.argsort(descending=True)[: len(empty)]
-    deviation = (spread[widest] / counts[widest].clamp(min=1)).clamp(min=0).sqrt()
-    centroids = centroids.clone()
-    centroids[empty[: len(widest)]] = centroids[widest] + deviation
-    centroids[widest] -= deviation
-    return centroids.sort().values
+def exchange(data: SortedValues, centroids: np.ndarray) -> np.ndarray | None:
+    """Join neighbours that cost little to join and split as many that gain more by it; None if there are none.
+
+    Without this, k-means ends where it began: a start with too many centroids in one place keeps them there.
+    """
+    ends = data.ends(centroids)
+    counts, means = data.means(ends, centroids)
+    halves = np.sort(np.concatenate([ends, ends[:-1] + counts // 2]))
+    parts, centres = data.means(halves, np.repeat(means, 2))
+    gain = parts[::2] * parts[1::2] / np.maximum(counts, 1) * np.diff(centres)[::2] ** 2
+    cost = counts[1:] * counts[:-1] / np.maximum(counts[1:] + counts[:-1], 1) * np.diff(means) ** 2
+    moved, used = means.copy(), np.zeros(len(means), bool)
+    joins = iter(cost.argsort(kind="stable"))
+    for split in (-gain).argsort(kind="stable")[: max(1, len(means) // 8)]:
+        used[split] = True
+        join = next((j for j in joins if not used[j] and not used[j + 1]), None)
+        if join is None or gain[split] <= WORTH * cost[join]:
+            break
+        used[join : join + 2] = True
+        moved[join] = np.average(means[join : join + 2], weights=np.maximum(counts[join : join + 2], 1e-9))
+        moved[join + 1], moved[split] = centres[2 * split : 2 * split + 2]
+    return None if np.array_equal(moved, means) else np.sort(moved)
 
 
-def kmeans(data: SortedValues, count: int, initial: str = "linear", seed: int = 0) -> Tensor:
+def kmeans(data: SortedValues, count: int, initial: str = "linear", seed: int = 0) -> np.ndarray:
     """Return at most `count` sorted centroids, float64; all distinct values where there are no more than that."""
     if len(data.distinct) <= count:
         return data.distinct
-    if initial != "k-means++":
-        return lloyd(data, initial_centroids(data, count, initial))
-    generator = torch.Generator().manual_seed(seed)
-    tries = [lloyd(data, initial_centroids(data, count, initial, generator)) for _ in range(TRIES)]
-    return min(tries, key=data.inertia)
+    centroids = initial_centroids(data, count, initial, np.random.default_rng(seed))
+    for _ in range(EXCHANGES):
+        moved = exchange(data, lloyd(data, centroids, 3))
+        if moved is None:
+            break
+        centroids = moved
+    centroids = lloyd(data, centroids, ROUNDS)
+    counts, means = data.means(data.ends(centroids), centroids)
+    return means[counts > 0]
 
 
 def nearest(weight: Tensor, levels: Tensor) -> Tensor:
@@ -189,7 +212,7 @@ def _levels(model: nn.Module, names: list[str], count: int, initial: str, seed: 
         return torch.zeros(1)
     key = ("k-means", *names, count, initial, seed)
     centroids = remembered(model, key, lambda: kmeans(data, count - has_zero, initial, seed))
-    return torch.cat([centroids, centroids.new_zeros(has_zero)]).float().unique()
+    return torch.from_numpy(np.append(centroids, np.zeros(has_zero))).float().unique()
 
 
 def _sorted_weights(model: nn.Module, names: list[str]) -> tuple[SortedValues, int]:
