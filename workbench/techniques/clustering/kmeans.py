@@ -24,6 +24,7 @@ Source: Han et al., 2016, arXiv:1510.00149; Arthur and Vassilvitskii, 2007, doi:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -36,29 +37,39 @@ from workbench.techniques.repair import finetune
 from workbench.weights import Codebook, finite_weight, parametrize_weight, weight_parametrizations
 
 INITIAL = ("linear", "density", "k-means++")
-ROUNDS = 100  # of assigning and averaging, at most
-EXCHANGES = 30  # of clusters that hardly matter for ones that do, at most
+ROUNDS = 60  # of assigning and averaging, at most
+EXCHANGES = 20  # of clusters that hardly matter for ones that do, at most
 WORTH = 1.05  # how much more a split must gain than the join costs
 SAMPLE = 4096  # values that k-means++ draws from
 
 
 @dataclass(frozen=True)
 class SortedValues:
-    """Values in order, float64 (n,), and the sums of the first 0 … n of them: what makes each round quick."""
+    """The values that are not zero, in order, float64 (n,), and the sums of the first 0 … n: each round is quick.
+
+    `places`: (n,), where each lies among all `total` values.
+    """
 
     values: np.ndarray
     sums: np.ndarray
     squares: np.ndarray
-    distinct: np.ndarray
+    places: np.ndarray
+    total: int
 
     @classmethod
     def of(cls, values: Tensor) -> SortedValues:
         """Sort finite numbers of any shape."""
-        ordered = values.detach().flatten().float().sort().values.numpy().astype(np.float64)
+        flat = values.detach().flatten().float()
+        kept = flat.nonzero().flatten()
+        found = flat[kept].sort()
+        ordered = found.values.numpy().astype(np.float64)
         sums, squares = (np.concatenate([[0.0], part.cumsum()]) for part in (ordered, ordered**2))
-        different = np.ones(len(ordered), bool)
-        different[1:] = ordered[1:] != ordered[:-1]
-        return cls(ordered, sums, squares, ordered[different])
+        return cls(ordered, sums, squares, kept[found.indices].numpy(), len(flat))
+
+    @cached_property
+    def distinct(self) -> np.ndarray:
+        """Every value once, in order."""
+        return self.values[np.append(True, self.values[1:] != self.values[:-1])[: len(self.values)]]
 
     def ends(self, centroids: np.ndarray) -> np.ndarray:
         """Return where in the order the values nearest to each of the sorted centroids (k,) begin and end: (k + 1,)."""
@@ -149,14 +160,17 @@ def kmeans(data: SortedValues, count: int, initial: str = "linear", seed: int = 
     return means[counts > 0]
 
 
-def nearest(weight: Tensor, levels: Tensor) -> Tensor:
-    """Return for each weight the place of the nearest of the sorted levels (k,), int32; zero is only for zeros."""
-    others = levels[levels != 0]
-    symbols = torch.bucketize(weight.float(), (others[1:] + others[:-1]) / 2, out_int32=True)
-    if len(others) == len(levels):
-        return symbols
-    zero = int((levels < 0).sum())  # it belongs to zeros alone: pruned stays pruned, and nothing else is pruned
-    return torch.where(weight == 0, torch.full_like(symbols, zero), symbols + (symbols >= zero))
+def nearest(data: SortedValues, levels: Tensor) -> Tensor:
+    """Return for each of all values the place of the nearest of the sorted levels (k,), int32 (total,).
+
+    A level of zero belongs to zeros alone: what is pruned stays so, and nothing else is pruned.
+    """
+    levels = levels.double().numpy()
+    others, zero = levels[levels != 0], int((levels < 0).sum())
+    numbers = np.flatnonzero(levels != 0).astype(np.int32)
+    symbols = np.full(data.total, zero, np.int32)
+    symbols[data.places] = np.repeat(numbers, np.diff(data.ends(others)))
+    return torch.from_numpy(symbols)
 
 
 @dataclass(frozen=True)
@@ -176,18 +190,20 @@ class WeightClustering(Technique):
         """Return a copy with codebooks on the weights; raises ValueError if there is no weight, or NaN in one."""
         small = clone(model)
         if self.bits <= 8:
-            for names, levels in self.codebooks(model):
-                shared = nn.Parameter(levels.float())
-                for name in names:
-                    layer = small.get_submodule(name)
-                    parametrize_weight(layer, Codebook(shared, nearest(layer.weight.detach(), shared.detach())))
+            for names in _groups(model, self.scope):
+                self._share(model, small, names)
         return finetune(small, data, self.finetune, watch)
 
-    def codebooks(self, model: nn.Module) -> list[tuple[list[str], Tensor]]:
-        """Return (names of layers, their sorted levels): one set for each tensor, or one for all."""
-        groups = _groups(model, self.scope)
+    def _share(self, model: nn.Module, small: nn.Module, names: list[str]) -> None:
+        """Put one set of levels on the weights of these layers; those that share a tensor stay equal."""
+        data = remembered(model, ("sorted weights", *names), lambda: _sorted_weights(model, names))
         choice = (2**self.bits, self.initial, self.seed)
-        return [(names, _levels(model, names, *choice)) for names in groups]
+        levels = remembered(model, ("levels", *names, choice), lambda: _levels(data, *choice))
+        shared = nn.Parameter(levels.clone())
+        layers = [small.get_submodule(name) for name in names]
+        symbols = nearest(data, levels).split([layer.weight.numel() for layer in layers])
+        for layer, part in zip(layers, symbols, strict=True):
+            parametrize_weight(layer, Codebook(shared, part.view(layer.weight.shape)))
 
 
 def _groups(model: nn.Module, scope: str) -> list[list[str]]:
@@ -205,18 +221,13 @@ def _groups(model: nn.Module, scope: str) -> list[list[str]]:
     return list(groups.values())
 
 
-def _levels(model: nn.Module, names: list[str], count: int, initial: str, seed: int) -> Tensor:
-    """Return the sorted levels for the weights of these layers, zero among them if a weight is zero."""
-    data, has_zero = remembered(model, ("sorted weights", *names), lambda: _sorted_weights(model, names))
-    if not len(data.values):
-        return torch.zeros(1)
-    key = ("k-means", *names, count, initial, seed)
-    centroids = remembered(model, key, lambda: kmeans(data, count - has_zero, initial, seed))
+def _levels(data: SortedValues, count: int, initial: str, seed: int) -> Tensor:
+    """Return at most `count` sorted levels, float32, zero among them if a value is zero."""
+    has_zero = int(len(data.values) < data.total)
+    centroids = kmeans(data, count - has_zero, initial, seed)
     return torch.from_numpy(np.append(centroids, np.zeros(has_zero))).float().unique()
 
 
-def _sorted_weights(model: nn.Module, names: list[str]) -> tuple[SortedValues, int]:
-    """Return the weights that are not zero, in order, and 1 if others are, else 0."""
+def _sorted_weights(model: nn.Module, names: list[str]) -> SortedValues:
     weights = [finite_weight(name, model.get_submodule(name).weight.detach()).flatten() for name in names]
-    together = torch.cat([weight.float().cpu() for weight in weights])
-    return SortedValues.of(together[together != 0]), int(bool((together == 0).any()))
+    return SortedValues.of(torch.cat([weight.float().cpu() for weight in weights]))
