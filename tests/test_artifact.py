@@ -616,6 +616,12 @@ def test_a_matrix_comes_back_through_its_contexts(levels, few):
     assert np.array_equal(found, levels) and played.is_empty()
 
 
+@pytest.mark.parametrize("shape", [(2**11, 2**10), (3, 0)])
+def test_shapes_that_take_too_long_are_refused_in_reading(shape):
+    with pytest.raises(ArtifactError, match="coded by its structure, which is not done"):
+        contexts.code_places(contexts.Player(contexts.read_stream(b"")), shape)
+
+
 @pytest.mark.parametrize("few", [0, 3072])
 def test_rows_and_columns_that_differ_take_fewer_bits_than_their_entropy(few):
     generator = np.random.default_rng(0)
