@@ -17,6 +17,8 @@ CASES = {
     "ChannelPruning": (wb.ChannelPruning, {}, "sparsity"),
     "Quantization": (wb.Quantization, {}, "weight_bits"),
     "Distillation": (wb.Distillation, {"epochs": 1}, "width"),
+    "DistillationFeatures": (wb.DistillationFeatures, {"epochs": 1}, "width"),
+    "DistillationRelational": (wb.DistillationRelational, {"epochs": 1}, "width"),
 }
 REMOVES = {"sparsity"}  # settings whose high end compresses most
 

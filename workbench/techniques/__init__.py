@@ -1,4 +1,7 @@
-"""One file a technique, grouped by family; `TECHNIQUES` lists them in the order of the notebooks."""
+"""One file a technique, grouped by family; `TECHNIQUES` lists them in the order of the notebooks.
+
+`KEEP_SIZE` lists those that make nothing smaller but bring accuracy, before or after the others.
+"""
 
 from workbench.techniques.distillation import (
     Distillation,
@@ -34,10 +37,11 @@ TECHNIQUES = (
     Distillation,
     DistillationFeatures,
     DistillationRelational,
-    SelfDistillation,
 )
+KEEP_SIZE = (SelfDistillation, FineTune)
 
 __all__ = [
+    "KEEP_SIZE",
     "TECHNIQUES",
     "ChannelPruning",
     "Distillation",
