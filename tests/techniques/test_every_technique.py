@@ -14,13 +14,19 @@ import workbench as wb
 CASES = {
     "LowRank": (wb.LowRank, {}, "rank"),
     "MagnitudePruning": (wb.MagnitudePruning, {}, "sparsity"),
+    "GradualPruning": (wb.GradualPruning, {"epochs": 1}, "sparsity"),
+    "MovementPruning": (wb.MovementPruning, {"epochs": 1}, "sparsity"),
+    "WeightDecayPruning": (wb.WeightDecayPruning, {"epochs": 1, "finetune": 0}, "sparsity"),
+    "WandaPruning": (wb.WandaPruning, {}, "sparsity"),
+    "SemiStructuredPruning": (wb.SemiStructuredPruning, {}, "pattern"),
+    "LayerDropping": (wb.LayerDropping, {}, "sparsity"),
     "ChannelPruning": (wb.ChannelPruning, {}, "sparsity"),
     "Quantization": (wb.Quantization, {}, "weight_bits"),
     "Distillation": (wb.Distillation, {"epochs": 1}, "width"),
     "DistillationFeatures": (wb.DistillationFeatures, {"epochs": 1}, "width"),
     "DistillationRelational": (wb.DistillationRelational, {"epochs": 1}, "width"),
 }
-REMOVES = {"sparsity"}  # settings whose high end compresses most
+REMOVES = {"sparsity", "pattern"}  # settings whose high end compresses most
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ sum, a depthwise convolution or a flattening go together. What is left is an ord
 Settings: `sparsity`, the part of the channels removed. `criterion`, by what channels are compared: "l2" or "l1", the
 norm of all weights that a channel stands in; "batchnorm", its scales in the BatchNorm layers (groups without any are
 ranked by l2); "geometric median", how far its filters lie from all others, so that those go which others can replace;
-"taylor", the squared first-order change of the loss on 128 labelled training images. `scope` "layer" (also "uniform")
-removes the same part everywhere; "global" compares channels over the whole model, each relative to the average of its
-own group. `round_to` leaves channel counts at multiples of 8 or 16, which kernels like. `recalibrate` measures
-BatchNorm statistics anew on 128 training images. `finetune`, epochs of training after each cut. `rounds`, in how many
-cuts the sparsity is reached, each with scores of its own; stopped early, the rest is cut at once. One channel of each
-group, or one multiple, always stays.
+"taylor", the squared first-order change of the loss without its filters on 128 labelled training images. `scope`
+"layer" (also "uniform") removes the same part everywhere; "global" compares channels over the whole model, each
+relative to the average of its own group. `round_to` leaves channel counts at multiples of 8 or 16, which kernels
+like. `recalibrate` measures BatchNorm statistics anew on 128 training images. `finetune`, epochs of training after
+each cut. `rounds`, in how many cuts the sparsity is reached, each with scores of its own; stopped early, the rest is
+cut at once. One channel of each group, or one multiple, always stays.
 
 When it helps: everywhere at once. File, memory, multiply-adds and latency all fall on every runtime, since the
 kernels stay dense: half of the channels is about a quarter of the weights.
@@ -162,7 +162,7 @@ def _scored(model, example: tuple[Tensor, ...], criterion: str, data) -> tuple[l
         return groups, [median_scores(group, weights) for group in groups]
     if criterion == "taylor":
         products = taylor_products(model, data)
-        return groups, [taylor_scores(group, products) for group in groups]
+        return groups, [taylor_scores(group, weights, products) for group in groups]
     found = [batchnorm_scores(group, model) for group in groups]
     if all(scores is None for scores in found):
         raise ValueError(f'{kind} has no BatchNorm whose scales could rank its channels; choose criterion "l2".')

@@ -101,16 +101,18 @@ def taylor_products(model: nn.Module, data: Any) -> list[Products]:
     return products
 
 
-def taylor_scores(group: ChannelGroup, products: list[Products]) -> Tensor:
-    """Score channels by the squared first-order change of the loss if they went, averaged over batches.
+def taylor_scores(group: ChannelGroup, weights: dict[str, Tensor], products: list[Products]) -> Tensor:
+    """Score channels by the squared first-order change of the loss without their filters, averaged over batches.
 
-    For each layer that a channel stands in, value × gradient is summed over the channel's numbers there and squared.
+    In each layer that makes the channel, value × gradient is summed over the channel's weights and bias, and squared.
     Source: Molchanov et al., 2019, arXiv:1906.10771.
     """
     total = torch.zeros(len(group))
-    for found in products:
-        for member in group.members:
-            places = [(name, dim) for name, dim in member.tensors if (member.layer, name) in found]
-            sums = [slice_sums(found[member.layer, name], dim)[member.index].sum(1) for name, dim in places]
+    for member in group.members:
+        if member.role == "in" or member.layer not in weights:
+            continue
+        for found in products:
+            places = [(found[member.layer, name], dim) for name, dim in member.tensors if (member.layer, name) in found]
+            sums = [slice_sums(values, dim)[member.index].sum(1) for values, dim in places]
             total += torch.stack(sums).sum(0).square() if sums else 0
     return total / len(products)

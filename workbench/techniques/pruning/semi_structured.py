@@ -50,7 +50,7 @@ def n_m_mask(scores: Tensor, n: int, m: int) -> Tensor:
     rows = F.pad(scores.detach().float().movedim(1, -1), (0, -inputs % m), value=-torch.inf)
     groups = rows.unflatten(-1, (-1, m))
     mask = torch.zeros_like(groups, dtype=torch.bool)
-    mask.scatter_(-1, groups.argsort(-1, stable=True)[..., m - n :], True)
+    mask.scatter_(-1, groups.argsort(dim=-1, stable=True)[..., m - n :], True)
     return mask.flatten(-2)[..., :inputs].movedim(-1, 1)
 
 

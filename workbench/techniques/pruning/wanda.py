@@ -45,7 +45,7 @@ def wanda_scores(weight: Tensor, squares: Tensor) -> Tensor:
 def row_ranks(scores: Tensor) -> Tensor:
     """Rank the scores (rows, …) within each row, 0 the smallest; int32 of the same shape."""
     rows = scores.flatten(1)
-    order = rows.argsort(1, stable=True)
+    order = rows.argsort(dim=1, stable=True)
     places = torch.arange(rows.shape[1], dtype=torch.int32, device=rows.device).expand(rows.shape)
     return torch.empty(rows.shape, dtype=torch.int32, device=rows.device).scatter_(1, order, places).view_as(scores)
 
@@ -100,7 +100,8 @@ def calibration_scores(model: nn.Module, data: Any, technique: str) -> list[Tens
             f"{technique} weighs weights by the inputs that they meet, so it needs images: pass a data set from "
             "load_data, or a batch of images."
         )
-    squares = all_input_squares(clone(model), batches)
+    compute = lambda: (all_input_squares(clone(model), batches), data)
+    squares, _ = remembered(model, ("input squares", id(data)), compute)
     return [_tied_scores(layers, squares) for layers in tied]
 
 
