@@ -50,6 +50,8 @@ class Clustered(wb.Technique):
 PRUNE, CUT = wb.MagnitudePruning(sparsity=0.8), wb.ChannelPruning(sparsity=0.5)
 BITS, TRAIN = wb.Quantization(weight_bits=4), wb.FineTune(epochs=1)
 
+ONE_SHOT = {"prune": PRUNE, "2:4": wb.SemiStructuredPruning(), "cut": CUT, "round": BITS}
+
 GOOD = {
     "prune, train": [PRUNE, TRAIN],
     "prune, round, train": [PRUNE, BITS, TRAIN],
@@ -93,6 +95,13 @@ NAIVE = {
 def test_a_good_order_breaks_nothing(order, model, data):
     for report in reports(GOOD[order], model, data):
         assert report.broken == (), report.stage
+
+
+@pytest.mark.parametrize("second", ONE_SHOT)
+@pytest.mark.parametrize("first", ONE_SHOT)
+def test_techniques_that_keep_the_layers_keep_one_another(first, second, model, data):
+    *_, last = reports([ONE_SHOT[first], ONE_SHOT[second]], model, data)
+    assert last.broken == () and torch.isfinite(last.model(data.example(4))).all()
 
 
 @pytest.mark.parametrize("order", NAIVE)
