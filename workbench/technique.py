@@ -127,9 +127,9 @@ class Technique:
 
     @classmethod
     def title(cls) -> str:
-        """Return the name in words: `LowRank` -> "Low rank"."""
-        words = re.findall(r"[A-Z][a-z0-9]*", cls.__name__)
-        return " ".join([words[0], *(w.lower() for w in words[1:])])
+        """Return the name in words: `LowRank` -> "Low rank", `CPDecomposition` -> "CP decomposition"."""
+        words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z0-9]*", cls.__name__)
+        return " ".join([words[0], *(w if len(w) > 1 and w.isupper() else w.lower() for w in words[1:])])
 
     @classmethod
     def neutral(cls) -> Technique:

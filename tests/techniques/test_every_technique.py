@@ -22,11 +22,21 @@ CASES = {
     "LayerDropping": (wb.LayerDropping, {}, "sparsity"),
     "ChannelPruning": (wb.ChannelPruning, {}, "sparsity"),
     "Quantization": (wb.Quantization, {}, "weight_bits"),
+    "AdaRound": (wb.AdaRound, {"iterations": 50}, "weight_bits"),
+    "GPTQ": (wb.GPTQ, {}, "weight_bits"),
+    "AWQ": (wb.AWQ, {}, "weight_bits"),
+    "QuantizationAwareTraining": (wb.QuantizationAwareTraining, {}, "weight_bits"),
+    "MixedPrecision": (wb.MixedPrecision, {}, "average_bits"),
+    "Float16": (wb.Float16, {}, "part"),
+    "BFloat16": (wb.BFloat16, {}, "part"),
+    "Float8": (wb.Float8, {}, "part"),
+    "NormalFloat4": (wb.NormalFloat4, {}, "part"),
+    "WeightClustering": (wb.WeightClustering, {}, "bits"),
     "Distillation": (wb.Distillation, {"epochs": 1}, "width"),
     "DistillationFeatures": (wb.DistillationFeatures, {"epochs": 1}, "width"),
     "DistillationRelational": (wb.DistillationRelational, {"epochs": 1}, "width"),
 }
-REMOVES = {"sparsity", "pattern"}  # settings whose high end compresses most
+REMOVES = {"sparsity", "pattern", "part"}  # settings whose high end compresses most
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 `KEEP_SIZE` lists those that make nothing smaller but bring accuracy, before or after the others.
 """
 
+from workbench.techniques.clustering import WeightClustering
 from workbench.techniques.distillation import (
     Distillation,
     DistillationFeatures,
@@ -21,7 +22,18 @@ from workbench.techniques.pruning import (
     WandaPruning,
     WeightDecayPruning,
 )
-from workbench.techniques.quantization import Quantization
+from workbench.techniques.quantization import (
+    AWQ,
+    GPTQ,
+    AdaRound,
+    BFloat16,
+    Float8,
+    Float16,
+    MixedPrecision,
+    NormalFloat4,
+    Quantization,
+    QuantizationAwareTraining,
+)
 
 TECHNIQUES = (
     LowRank,
@@ -34,6 +46,16 @@ TECHNIQUES = (
     ChannelPruning,
     LayerDropping,
     Quantization,
+    AdaRound,
+    GPTQ,
+    AWQ,
+    QuantizationAwareTraining,
+    MixedPrecision,
+    Float16,
+    BFloat16,
+    Float8,
+    NormalFloat4,
+    WeightClustering,
     Distillation,
     DistillationFeatures,
     DistillationRelational,
@@ -41,21 +63,31 @@ TECHNIQUES = (
 KEEP_SIZE = (SelfDistillation, FineTune)
 
 __all__ = [
+    "AWQ",
+    "GPTQ",
     "KEEP_SIZE",
     "TECHNIQUES",
+    "AdaRound",
+    "BFloat16",
     "ChannelPruning",
     "Distillation",
     "DistillationFeatures",
     "DistillationRelational",
     "FineTune",
+    "Float8",
+    "Float16",
     "GradualPruning",
     "LayerDropping",
     "LowRank",
     "MagnitudePruning",
+    "MixedPrecision",
     "MovementPruning",
+    "NormalFloat4",
     "Quantization",
+    "QuantizationAwareTraining",
     "SelfDistillation",
     "SemiStructuredPruning",
     "WandaPruning",
+    "WeightClustering",
     "WeightDecayPruning",
 ]
