@@ -42,6 +42,7 @@ _HOME = {
         "SemiStructuredPruning",
         "Tucker",
         "WandaPruning",
+        "WeightClustering",
         "WeightDecayPruning",
     ),
     "workbench.artifact": ("ArtifactError", "Ledger", "encode", "ledger", "load", "save"),

@@ -113,11 +113,12 @@ class _State:
     epoch: int = 0
     best: Accuracy | None = None
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
     each_step: Callable[[int, int], bool | None] | None = None
 
     def tell_step(self) -> None:
         """Call `each_step`, and forget the best weights if it says that the model has become another one."""
-        if self.each_step and self.each_step(self.schedule.last_epoch + 1, self.schedule.total_steps):
+        if self.each_step and self.each_step(self.schedule.last_epoch + 1, self.steps):
             self.best, self.best_weights = None, {}
 
     def keep_if_best(self, accuracy: Accuracy) -> None:
@@ -258,7 +259,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=max(5, epochs * per_epoch), pct_start=0.25
     )  # torch divides by zero where a quarter of the steps is exactly one
-    state = _State(model, optimizer, schedule, each_step=each_step)
+    state = _State(model, optimizer, schedule, steps=epochs * per_epoch, each_step=each_step)
     if checkpoint and checkpoint.is_file():
         state.load(checkpoint, per_epoch)
     if objective is None:

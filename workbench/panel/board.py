@@ -351,8 +351,8 @@ class Panel(ipywidgets.VBox):
     def _known(self, technique: Technique) -> Point | None:
         """Return the point of these settings: known, shipped, or compressed now; None if it must be trained first."""
         if technique not in self._points:
-            must_train = technique.trains or bool(technique.values().get("finetune"))
-            model = technique.recall(self.model) if must_train else technique.compress(self.model, self.data)
+            recalled = technique.must_train
+            model = technique.recall(self.model) if recalled else technique.compress(self.model, self.data)
             if model is None:
                 return None if technique.trains else self._known(replace(technique, finetune=0))
             self._points[technique] = self._weigh(self._title(technique), technique, model)
@@ -408,7 +408,7 @@ class Panel(ipywidgets.VBox):
         if self._training is not None:
             return "Training with these settings; Stop keeps the model so far."
         technique = self.technique
-        if not (technique.trains or technique.values().get("finetune")) or technique in self._points:
+        if not technique.must_train or technique in self._points:
             return ""
         if technique.trains:
             return "Not trained here yet: press Train it here."

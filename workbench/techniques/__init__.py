@@ -1,5 +1,6 @@
 """One file a technique, grouped by family; `TECHNIQUES` lists them in the order of the notebooks."""
 
+from workbench.techniques.clustering import WeightClustering
 from workbench.techniques.distillation import (
     Distillation,
     DistillationFeatures,
@@ -47,6 +48,7 @@ TECHNIQUES = (
     SemiStructuredPruning,
     ChannelPruning,
     LayerDropping,
+    WeightClustering,
     Quantization,
     AdaRound,
     GPTQ,
