@@ -1,7 +1,13 @@
 """One file a technique, grouped by family; `TECHNIQUES` lists them in the order of the notebooks."""
 
-from workbench.techniques.distillation import Distillation
-from workbench.techniques.low_rank import LowRank
+from workbench.techniques.distillation import (
+    Distillation,
+    DistillationFeatures,
+    DistillationRelational,
+    SelfDistillation,
+)
+from workbench.techniques.finetuning import FineTune
+from workbench.techniques.low_rank import CPDecomposition, LoRA, LowRank, Tucker
 from workbench.techniques.pruning import (
     ChannelPruning,
     GradualPruning,
@@ -12,10 +18,27 @@ from workbench.techniques.pruning import (
     WandaPruning,
     WeightDecayPruning,
 )
-from workbench.techniques.quantization import Quantization
+from workbench.techniques.quantization import (
+    AWQ,
+    GPTQ,
+    AdaRound,
+    BFloat16,
+    Float8,
+    Float16,
+    MixedPrecision,
+    NormalFloat4,
+    Quantization,
+    QuantizationAwareTraining,
+)
+from workbench.techniques.topology import DepthwiseSeparable, PointwiseConvolution
 
 TECHNIQUES = (
     LowRank,
+    Tucker,
+    CPDecomposition,
+    DepthwiseSeparable,
+    PointwiseConvolution,
+    LoRA,
     MagnitudePruning,
     GradualPruning,
     MovementPruning,
@@ -25,20 +48,19 @@ TECHNIQUES = (
     ChannelPruning,
     LayerDropping,
     Quantization,
+    AdaRound,
+    GPTQ,
+    AWQ,
+    QuantizationAwareTraining,
+    MixedPrecision,
+    Float16,
+    BFloat16,
+    Float8,
+    NormalFloat4,
     Distillation,
+    DistillationFeatures,
+    DistillationRelational,
+    SelfDistillation,
 )
 
-__all__ = [
-    "TECHNIQUES",
-    "ChannelPruning",
-    "Distillation",
-    "GradualPruning",
-    "LayerDropping",
-    "LowRank",
-    "MagnitudePruning",
-    "MovementPruning",
-    "Quantization",
-    "SemiStructuredPruning",
-    "WandaPruning",
-    "WeightDecayPruning",
-]
+__all__ = ["TECHNIQUES", "FineTune", *(technique.__name__ for technique in TECHNIQUES)]
