@@ -110,14 +110,14 @@ def test_an_unmerged_model_loads_in_a_fresh_process(adapted, data, tmp_path):
 
 def test_the_zeros_of_a_pruned_base_stay(model, data):
     pruned = wb.MagnitudePruning(sparsity=0.8).compress(model)
-    adapted = wb.LoRA(rank=2).compress(pruned, data)
+    adapted = wb.LoRA(rank=2, epochs=2).compress(pruned, data)
     assert isinstance(adapted[0], Parallel)
     assert torch.equal(adapted[0][0].weight, pruned[0].weight)
     assert wb.evaluate(adapted, data.val).value >= wb.evaluate(pruned, data.val).value
     decoded = wb.artifact.decode(wb.encode(adapted))
     assert torch.equal(decoded(images(data)), adapted(images(data)))
     with pytest.raises(ValueError, match="mask or codes"):
-        wb.LoRA(rank=2, merge=True).compress(pruned, data)
+        wb.LoRA(rank=2, epochs=2, merge=True).compress(pruned, data)
 
 
 def test_the_watcher_sees_steps_and_stops(model, data):
