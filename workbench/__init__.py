@@ -16,6 +16,7 @@ _HOME = {
         "TECHNIQUES",
         "ChannelPruning",
         "Distillation",
+        "EntropyAwareTraining",
         "LowRank",
         "MagnitudePruning",
         "Quantization",

@@ -7,7 +7,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,12 +109,14 @@ class _State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
+    keeps_best: bool = True
+    penalty: Callable[[int, int], Tensor] | None = None
     epoch: int = 0
     best: Accuracy | None = None
     best_weights: dict[str, Tensor] = field(default_factory=dict)
 
     def keep_if_best(self, accuracy: Accuracy) -> None:
-        if self.best is None or accuracy.value >= self.best.value:
+        if self.keeps_best and (self.best is None or accuracy.value >= self.best.value):
             self.best = accuracy
             self.best_weights = copy.deepcopy(self.model.state_dict())
 
@@ -218,19 +220,26 @@ def fit(
     temperature: float = 4.0,
     soft_weight: float = 0.9,
     checkpoint: Path | None = None,
+    parameters: list[dict] | None = None,
+    penalty: Callable[[int, int], Tensor] | None = None,
+    keep: str = "best",
 ) -> Iterator[Step]:
     """Train `model` in place (AdamW, one cycle) and yield a `Step` each few batches.
 
     Validation accuracy is counted `validations` times an epoch. When the iterator ends or is closed, the model holds
     the best weights so far, in eval mode. With `checkpoint`, each epoch is saved there and a later call goes on from
     it. With `teacher`, the loss is `distillation_loss`. The same seed gives the same result on the same machine.
+    `parameters`: groups as torch's optimizers take them, each with its own "lr". `penalty(step, steps)` is added to
+    the loss of each step. `keep="last"` leaves the last weights instead of the best, where accuracy is not all that counts.
     """
     per_epoch = math.ceil(len(data.train) / batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
+    groups = parameters if parameters is not None else model.parameters()
+    optimizer = torch.optim.AdamW(groups, learning_rate, weight_decay=weight_decay)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=max(2, epochs * per_epoch), pct_start=0.25
+        optimizer, peaks, total_steps=max(2, epochs * per_epoch), pct_start=0.25
     )
-    state = _State(model, optimizer, schedule)
+    state = _State(model, optimizer, schedule, keep == "best", penalty)
     if checkpoint and checkpoint.is_file():
         state.load(checkpoint, per_epoch)
     soft = None if teacher is None else (teacher.eval(), temperature, soft_weight)
@@ -277,6 +286,8 @@ def _update(state: _State, images: Tensor, labels: Tensor, soft) -> float:
             with torch.no_grad():
                 wisdom = teacher(images).float()
             loss = distillation_loss(logits, wisdom, labels, temperature, soft_weight)
+    if state.penalty is not None:
+        loss = loss + state.penalty(state.schedule.last_epoch, state.schedule.total_steps)
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     state.optimizer.step()
