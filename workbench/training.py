@@ -237,7 +237,7 @@ def fit(
     optimizer = torch.optim.AdamW(groups, learning_rate, weight_decay=weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, peaks, total_steps=max(2, epochs * per_epoch), pct_start=0.25
+        optimizer, peaks, total_steps=max(5, epochs * per_epoch), pct_start=0.25
     )
     state = _State(model, optimizer, schedule, keep == "best", penalty)
     if checkpoint and checkpoint.is_file():

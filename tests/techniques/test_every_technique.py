@@ -16,9 +16,10 @@ CASES = {
     "MagnitudePruning": (wb.MagnitudePruning, {}, "sparsity"),
     "ChannelPruning": (wb.ChannelPruning, {}, "sparsity"),
     "Quantization": (wb.Quantization, {}, "weight_bits"),
+    "EntropyAwareTraining": (wb.EntropyAwareTraining, {"epochs": 1}, "strength"),
     "Distillation": (wb.Distillation, {"epochs": 1}, "width"),
 }
-REMOVES = {"sparsity"}  # settings whose high end compresses most
+REMOVES = {"sparsity", "strength"}  # settings whose high end compresses most
 
 
 @pytest.fixture(scope="module")

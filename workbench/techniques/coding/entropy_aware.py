@@ -23,7 +23,7 @@ Source: Wiedemann et al., 2019 (DeepCABAC), arXiv:1907.11900; Oktay et al., 2020
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log
+from math import log, prod
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -46,7 +46,7 @@ from workbench.weights import (
 
 REFRESH = 10  # training steps between two counts of the symbols
 RAMP = 0.4  # of the training, in which the price of a bit rises from zero to its full height
-PRIOR = 2.0  # weights' worth of belief that a row or column is as dense as its whole layer
+PRIOR = 0.5  # non-zeros' worth of belief that a row, column or kernel is as dense as what it is part of
 REST_RATE = 1e-3  # learning rate of what is not rounded: normalization, biases of other layers
 SCALE_RATE = 0.3  # of the learning rate: scales move slower than the symbols that they multiply
 
@@ -78,15 +78,21 @@ def _magnitude_bits(symbols: Tensor, largest: int) -> Tensor:
 
 
 def _density(kept: Tensor) -> Tensor:
-    """Return the probability that a place is kept, from `kept` (outputs, inputs, kernel) of zeros and ones."""
-    outputs, inputs, size = kept.shape
+    """Return the probability that each place is kept, judged by all others; `kept` (outputs, inputs, kernel), 0 or 1.
+
+    Leaving a place out of its own count keeps small rows and kernels from looking more certain than they are.
+    """
     whole = (kept.sum() + 0.5) / (kept.numel() + 1)
-    row = (kept.sum((1, 2), keepdim=True) + PRIOR * whole) / (inputs * size + PRIOR)
-    column = (kept.sum((0, 2), keepdim=True) + PRIOR * whole) / (outputs * size + PRIOR)
+    row = _share(kept, (1, 2), whole)
+    column = _share(kept, (0, 2), whole)
     chance = (row * column / whole).clamp(1e-5, 0.98)
-    if size > 1:
-        chance = (kept.sum(2, keepdim=True) + 2 * PRIOR * chance) / (size + 2 * PRIOR)
-    return chance.expand_as(kept)
+    return _share(kept, (2,), chance) if kept.shape[2] > 1 else chance
+
+
+def _share(kept: Tensor, dims: tuple[int, ...], expected: Tensor) -> Tensor:
+    """Return the part that is kept of all other places along `dims`, drawn towards `expected` where they are few."""
+    places = prod(kept.shape[dim] for dim in dims)
+    return (kept.sum(dims, keepdim=True) - kept + PRIOR) / (places - 1 + PRIOR / expected)
 
 
 def coded_bits(levels: Tensor, bits: SymbolBits) -> Tensor:
@@ -245,6 +251,10 @@ def _roundable(model: nn.Module) -> list[tuple[nn.Module, str]]:
             if value is None or any(isinstance(p, CODERS) for p in weight_parametrizations(layer, tensor)):
                 continue
             finite_weight(name, value.detach())
+            if value.dtype != torch.float32:
+                raise ValueError(
+                    f"EntropyAwareTraining trains in float32, and layer {name!r} holds {value.dtype}; pass model.float()."
+                )
             stored = layer.parametrizations[tensor].original if weight_parametrizations(layer, tensor) else value
             if id(stored) in owners:
                 raise ValueError(
