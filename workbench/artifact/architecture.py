@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from workbench import weights
 from workbench.artifact.format import ArtifactError
-from workbench.models import build
+from workbench.models import MODELS, build
 from workbench.surgery import clone
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -199,6 +199,17 @@ def _base_table(architecture: str) -> Table:
 def base_table(architecture: dict[str, Any]) -> Table:
     """Return the table of `models.build(**architecture)`."""
     return _base_table(json.dumps(architecture, sort_keys=True))
+
+
+def shortened(architecture: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `models.build` without those that say what it does anyway; `completed` undoes it."""
+    usual = completed({"name": architecture["name"]})
+    return {key: value for key, value in architecture.items() if key == "name" or usual.get(key, usual) != value}
+
+
+def completed(architecture: dict[str, Any]) -> dict[str, Any]:
+    """Return all arguments of `models.build` that a model remembers, those left out as it takes them."""
+    return {"name": architecture["name"], "width": 1.0, "classes": MODELS[architecture["name"]].classes, **architecture}
 
 
 def fingerprint(table: Table) -> int:
