@@ -7,7 +7,7 @@
 Each headline takes the shipped model, cuts it to fewer channels, and trains it once with the coded size in the loss, on
 MNIST's training images, moved and turned a little. Settings were chosen on 5,000 validation images that are taken out
 of the training images; the 10,000 test images are classified once, by the file, at the end. Everything follows from the
-seed, up to the rounding of another machine. An interrupted training goes on where it was: its epochs are kept in build/.
+seed, up to the rounding of another machine. An interrupted training goes on: its epochs are kept in build/.
 """
 
 from __future__ import annotations
@@ -179,7 +179,9 @@ def print_table(records: list[Record]) -> None:
     """Print each headline with the published rows of its model below it."""
     for one in records:
         errors = one.total - one.correct
-        print(f"{one.settings['file']:24} {one.size_bytes:7,} B {one.compression:7.0f}×  {errors / 100:.2f} % test error")
+        print(
+            f"{one.settings['file']:24} {one.size_bytes:7,} B {one.compression:7.0f}×  {errors / 100:.2f} % test error"
+        )
         for row in one.settings["published"]:
             error = "" if row["error_percent"] is None else f"{row['error_percent']:.2f} %"
             print(f"    {row['method']:40} {row['times']:7.0f}×  {error:8} {row['source']}")

@@ -49,4 +49,6 @@ def test_a_file_answers_as_its_record_says(name):
     except wb.DataError as error:
         pytest.skip(str(error))
     counted = wb.evaluate(wb.load(path_of(name)), data.test)
-    assert abs(counted.correct - RECORDS[name].correct) <= 2  # another processor may round a borderline image differently
+    assert (
+        abs(counted.correct - RECORDS[name].correct) <= 2
+    )  # another processor may round a borderline image differently

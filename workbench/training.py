@@ -230,7 +230,7 @@ def fit(
     the best weights so far, in eval mode. With `checkpoint`, each epoch is saved there and a later call goes on from
     it. With `teacher`, the loss is `distillation_loss`. The same seed gives the same result on the same machine.
     `parameters`: groups as torch's optimizers take them, each with its own "lr". `penalty(step, steps)` is added to
-    the loss of each step. `keep="last"` leaves the last weights instead of the best, where accuracy is not all that counts.
+    the loss of each step. `keep="last"` leaves the last weights, not the best, where accuracy is not all that counts.
     """
     per_epoch = math.ceil(len(data.train) / batch_size)
     groups = parameters if parameters is not None else model.parameters()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import sys
 from dataclasses import replace
-from pathlib import Path
+from itertools import pairwise
 
 import pytest
 import torch
+import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -17,9 +17,6 @@ import workbench as wb
 from workbench.artifact.coding import entropy_encode, histogram
 from workbench.techniques.coding.entropy_aware import coded_bits, symbol_bits, without_unread_channels
 from workbench.weights import describe, sparsity
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import toy  # noqa: E402
 
 TRAINING = wb.EntropyAwareTraining(epochs=6, learning_rate=0.06, augment=False)
 
@@ -66,7 +63,7 @@ def test_a_larger_symbol_never_costs_less_and_whole_ones_cost_their_price(chance
     symbols = symbols_like((12, 9), chance, seed).clamp(-largest, largest)
     bits = symbol_bits(symbols, largest)
     flat = [float(coded_bits(torch.full((12, 9), size), bits)) for size in torch.arange(0, largest + 0.5, 0.25)]
-    assert all(a <= b + 1e-3 for a, b in zip(flat, flat[1:], strict=False))
+    assert all(a <= b + 1e-3 for a, b in pairwise(flat))
     assert flat[0] == pytest.approx(float(bits.zero.sum()), rel=1e-5)
     if (bits.one + bits.magnitude[0] - bits.zero).min() > 0.1:
         top = float((bits.one + bits.magnitude[-1]).sum())
@@ -161,4 +158,3 @@ def test_bad_input_is_refused_with_a_reason(model, data):
     tied[2].weight = tied[1].weight
     with pytest.raises(ValueError, match="share one weight"):
         TRAINING.compress(tied, data)
-

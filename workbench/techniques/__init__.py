@@ -8,4 +8,12 @@ from workbench.techniques.quantization import Quantization
 
 TECHNIQUES = (LowRank, MagnitudePruning, ChannelPruning, Quantization, EntropyAwareTraining, Distillation)
 
-__all__ = ["TECHNIQUES", "ChannelPruning", "Distillation", "EntropyAwareTraining", "LowRank", "MagnitudePruning", "Quantization"]
+__all__ = [
+    "TECHNIQUES",
+    "ChannelPruning",
+    "Distillation",
+    "EntropyAwareTraining",
+    "LowRank",
+    "MagnitudePruning",
+    "Quantization",
+]

@@ -231,7 +231,9 @@ def _is_read(model: nn.Module, group: ChannelGroup) -> Tensor:
     """Return which channels of the group some layer reads, (channels,) bool; at least one."""
     read = torch.zeros(len(group), dtype=torch.bool)
     for member in group.members:
-        if member.role == "in":
+        if member.role == "in" and "weight" not in dict(member.tensors):
+            read[:] = True
+        elif member.role == "in":
             weight = model.get_submodule(member.layer).weight.detach()
             used = weight.transpose(0, dict(member.tensors)["weight"]).flatten(1).any(1).cpu()
             read |= used[member.index].any(1)
@@ -253,7 +255,7 @@ def _roundable(model: nn.Module) -> list[tuple[nn.Module, str]]:
             finite_weight(name, value.detach())
             if value.dtype != torch.float32:
                 raise ValueError(
-                    f"EntropyAwareTraining trains in float32, and layer {name!r} holds {value.dtype}; pass model.float()."
+                    f"EntropyAwareTraining trains in float32, but {name!r} holds {value.dtype}; pass model.float()."
                 )
             stored = layer.parametrizations[tensor].original if weight_parametrizations(layer, tensor) else value
             if id(stored) in owners:
