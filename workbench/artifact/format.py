@@ -32,13 +32,14 @@ DTYPES = (
 )
 WORDS = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}  # by bytes a number
 
-TABLES = (torch.float32, torch.float16, torch.bfloat16)  # number types of scales and levels: a short one where exact
+TABLES = (torch.float32, torch.float16, torch.bfloat16)  # number types of scales and levels: the shortest that is exact
+STEPS = len(TABLES)  # or whole multiples of a power of two: its exponent, their bits (one byte each), and the multiples
 ZERO_TYPES = ("", "<i1", "<i4")  # none if all zero points are 0
 NO_AXIS, FIRST_AXIS, GROUPS = range(3)  # which numbers share a scale
-QUANTIZER = (7, 3, 2, 3, 3)  # bits - 2, table, asymmetric, zero points, scales for
-CODEBOOK = (3, 2, 257)  # table, whether zero is a level, other levels
+QUANTIZER = (7, 4, 2, 3, 3)  # bits - 2, table, asymmetric, zero points, scales for
+CODEBOOK = (4, 2, 258)  # table, whether zero is a level, other levels
 ZERO_OF_NF4 = 7
-CAST = (4, 3, 3)  # type, table, scales: none, one, one a channel
+CAST = (4, 4, 3)  # type, table, scales: none, one, one a channel
 DICTIONARY = (  # what headers are made of; rarer words first
     b'"stride":2,"padding":"same","groups":{"bias":false}["own","BatchNorm1d",["Conv1d",["AvgPool2d",["Dropout",'
     b'["GELU"]["Flatten"]["Identity"]["AdaptiveAvgPool2d",1]["MaxPool2d",2]["ReLU"]["BatchNorm2d",{"padding":1}'

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from workbench import weights
 from workbench.artifact import architecture as arch
-from workbench.artifact.coding import FORMS, read_symbols, read_words
+from workbench.artifact.coding import FORMS, packed_size, read_symbols, read_words, unpack_bits
 from workbench.artifact.contexts import AnsCoder, read_stream
 from workbench.artifact.format import (
     CAST,
@@ -37,6 +37,7 @@ from workbench.artifact.format import (
     MAX_LAYERS,
     NO_AXIS,
     QUANTIZER,
+    STEPS,
     TABLES,
     TYPED,
     VERSION,
@@ -244,7 +245,11 @@ def _from_words(words: np.ndarray, dtype: torch.dtype) -> Tensor:
 
 
 def _read_table(reader: Reader, kind: int, shape: tuple[int, ...]) -> Tensor:
-    """Read scales or levels that are stored in the number type TABLES[kind]."""
+    """Read scales or levels that are stored in the number type TABLES[kind], or as multiples of a power of two."""
+    if kind == STEPS:
+        exponent, width = reader.unpack("bB")
+        multiples = unpack_bits(reader.take(packed_size(prod(shape), width)), prod(shape), width) - 2 ** (width - 1)
+        return torch.from_numpy((multiples * 2.0**exponent).astype(np.float32)).reshape(shape)
     dtype = WORDS[TABLES[kind].itemsize]
     words = np.frombuffer(reader.take(prod(shape) * dtype.itemsize), dtype).copy()
     return _from_words(words, TABLES[kind]).float().reshape(shape)

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from workbench import weights
 from workbench.artifact import architecture as arch
 from workbench.artifact.accounts import Ledger, LedgerRow
-from workbench.artifact.coding import FORMS, Code, code_symbols, code_words
+from workbench.artifact.coding import FORMS, Code, code_symbols, code_words, pack_bits
 from workbench.artifact.contexts import Stream
 from workbench.artifact.format import (
     CAST,
@@ -36,6 +36,7 @@ from workbench.artifact.format import (
     MASK_BELOW,
     NO_AXIS,
     QUANTIZER,
+    STEPS,
     TABLES,
     TYPED,
     VERSION,
@@ -297,11 +298,32 @@ def _mask_position(layer: nn.Module, name: str, coder: nn.Module | None) -> int:
 
 
 def _table(numbers: Tensor) -> tuple[int, bytes]:
-    """Return numbers as bytes in the shortest type that holds them exactly, and the place of that type in TABLES."""
+    """Return numbers as bytes in the shortest of the ways that hold them exactly, and the place of that way in TABLES."""
     numbers = numbers.detach().cpu().float().reshape(-1)
-    short = (i for i in (1, 2) if torch.equal(numbers.to(TABLES[i]).float(), numbers))
-    kind = next(short, 0)
-    return kind, _words(numbers.to(TABLES[kind])).tobytes()
+    ways = {i: _words(numbers.to(dtype)).tobytes() for i, dtype in enumerate(TABLES) if _holds(dtype, numbers)}
+    steps = _in_steps(numbers.double().numpy())
+    if steps is not None:
+        ways[STEPS] = steps
+    way = min(ways, key=lambda i: len(ways[i]))
+    return way, ways[way]
+
+
+def _holds(dtype: torch.dtype, numbers: Tensor) -> bool:
+    return dtype == torch.float32 or torch.equal(numbers.to(dtype).float(), numbers)
+
+
+def _in_steps(numbers: np.ndarray) -> bytes | None:
+    """Return numbers as whole multiples, of at most 16 bits, of the largest power of two that divides them all."""
+    if not len(numbers) or not np.isfinite(numbers).all() or not numbers.all():
+        return None
+    mantissas, exponents = np.frexp(numbers)
+    whole = np.abs(mantissas * 2.0**24).astype(np.int64)
+    exponent = int((exponents - 24 + np.log2(whole & -whole).astype(int)).min())
+    multiples = numbers / 2.0**exponent
+    width = int(np.abs(multiples).max()).bit_length() + 1
+    if width > 16 or not -128 <= exponent <= 127:
+        return None
+    return struct.pack("<bB", exponent, width) + pack_bits(multiples.astype(np.int64) + (1 << width - 1), width)
 
 
 def _zero_type(quantizer: weights.FakeQuantize) -> int:
