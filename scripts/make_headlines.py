@@ -16,6 +16,7 @@ import argparse
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +128,7 @@ def strengths(model: nn.Module, group) -> Tensor:
 
 def train(headline: Headline, data: Data, again: bool) -> nn.Module:
     """Train with a progress bar; each finished epoch is kept in build/, and an interrupted training goes on from it."""
-    checkpoint = WORK / f"{headline.name}.safetensors"
+    checkpoint = WORK / f"{headline.name}-{crc32(repr(headline).encode()):08x}.safetensors"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     if again:
         checkpoint.unlink(missing_ok=True)
