@@ -23,6 +23,7 @@ _HOME = {
         "Distillation",
         "DistillationFeatures",
         "DistillationRelational",
+        "EntropyAwareTraining",
         "FineTune",
         "Float16",
         "Float8",

@@ -39,11 +39,12 @@ CASES = {
     "Float8": (wb.Float8, {}, "part"),
     "NormalFloat4": (wb.NormalFloat4, {}, "part"),
     "WeightClustering": (wb.WeightClustering, {}, "bits"),
+    "EntropyAwareTraining": (wb.EntropyAwareTraining, {"epochs": 1}, "strength"),
     "Distillation": (wb.Distillation, {"epochs": 1}, "width"),
     "DistillationFeatures": (wb.DistillationFeatures, {"epochs": 1}, "width"),
     "DistillationRelational": (wb.DistillationRelational, {"epochs": 1}, "width"),
 }
-REMOVES = {"sparsity", "replaced", "pattern", "part"}  # settings whose high end compresses most
+REMOVES = {"sparsity", "replaced", "pattern", "part", "strength"}  # settings whose high end compresses most
 ADAPTS = {wb.LoRA}  # adds to a model what it learns: its file grows with the slider
 
 
