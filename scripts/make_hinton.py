@@ -99,7 +99,7 @@ def record(run: Run, model: nn.Module, data: wb.Data, split: str) -> Record:
     accuracy, account, place = wb.evaluate(model, getattr(data, split)), ledger(model), environment()
     print(f"{run.name}: {accuracy.total - accuracy.correct} errors of {accuracy.total:,} on {split}", flush=True)
     return Record(
-        model="glyphs-cnn" if run.name == TEACHER.name else f"mlp-{UNITS}",
+        model="glyphs-cnn-0.25" if run.name == TEACHER.name else f"mlp-{UNITS}",
         data=data.name,
         technique="Distillation" if run.taught else "Training",
         settings=asdict(run),

@@ -133,3 +133,9 @@ def test_a_callback_can_make_the_best_so_far_forgotten(data):
 
     list(wb.fit(model, data, epochs=2, learning_rate=1e-4, each_step=ruin))
     assert model.classifier.weight.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3, 4, 5])
+def test_the_shortest_trainings_run(data, batches):
+    short = replace(data, train=data.train.take(8 * batches))
+    assert [step.steps for step in wb.fit(small_model(), short, epochs=1, batch_size=8)][-1] == batches

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.surgery import weighted_layers
-from workbench.weights import InputQuantizer, Mask, describe, weight_parametrizations
+from workbench.weights import Codebook, InputQuantizer, describe, weight_parametrizations
 
 MOST_LEVELS = 256  # a weight with more distinct values has no codebook
 
@@ -102,7 +102,7 @@ def _facts(layer: nn.Module) -> LayerFacts:
 
 def _bits(layer: nn.Module) -> int | None:
     """Return the bits of the tightest rounding on the layer's weight, None without one; a codebook is none."""
-    kinds = [p for p in weight_parametrizations(layer) if not isinstance(p, Mask)]
+    kinds = [p for p in weight_parametrizations(layer) if not isinstance(p, Codebook)]
     return min((p.bits for p in kinds if getattr(p, "bits", None)), default=None)
 
 

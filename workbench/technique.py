@@ -142,6 +142,11 @@ class Technique:
         knobs = [knob for knob in self.settings() if knob.has_neutral]
         return bool(knobs) and all(getattr(self, knob.name) == knob.neutral for knob in knobs)
 
+    @property
+    def must_train(self) -> bool:
+        """True when these settings train: the technique always does, or some epochs of fine-tuning are asked for."""
+        return self.trains or bool(self.values().get("finetune"))
+
     def values(self) -> dict[str, Any]:
         """Return the settings as a plain dictionary that JSON can hold."""
         return {knob.name: getattr(self, knob.name) for knob in self.settings()}
@@ -199,6 +204,10 @@ class Pipeline(Technique):
     @property
     def is_neutral(self) -> bool:
         return all(stage.is_neutral for stage in self.stages)
+
+    @property
+    def must_train(self) -> bool:
+        return any(stage.must_train for stage in self.stages)
 
     def values(self) -> dict[str, Any]:
         return {"stages": [{"technique": type(s).__name__, **s.values()} for s in self.stages]}

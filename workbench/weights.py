@@ -229,7 +229,7 @@ class Cast(nn.Module):
 
     def _coded(self, weight: Tensor) -> Tensor:
         most = torch.finfo(self.dtype).max
-        return (weight / self.along_weight(weight.dim())).clamp(-most, most).to(self.dtype)
+        return (weight.float() / self.along_weight(weight.dim())).clamp(-most, most).to(self.dtype)
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():

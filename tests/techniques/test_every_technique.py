@@ -21,6 +21,12 @@ CASES = {
     "PointwiseConvolution": (wb.PointwiseConvolution, {}, "replaced"),
     "LoRA": (wb.LoRA, {}, "rank"),
     "MagnitudePruning": (wb.MagnitudePruning, {}, "sparsity"),
+    "GradualPruning": (wb.GradualPruning, {"epochs": 1}, "sparsity"),
+    "MovementPruning": (wb.MovementPruning, {"epochs": 1}, "sparsity"),
+    "WeightDecayPruning": (wb.WeightDecayPruning, {"epochs": 1, "finetune": 0}, "sparsity"),
+    "WandaPruning": (wb.WandaPruning, {}, "sparsity"),
+    "SemiStructuredPruning": (wb.SemiStructuredPruning, {}, "pattern"),
+    "LayerDropping": (wb.LayerDropping, {}, "sparsity"),
     "ChannelPruning": (wb.ChannelPruning, {}, "sparsity"),
     "Quantization": (wb.Quantization, {}, "weight_bits"),
     "AdaRound": (wb.AdaRound, {"iterations": 50}, "weight_bits"),
@@ -33,9 +39,12 @@ CASES = {
     "Float8": (wb.Float8, {}, "part"),
     "NormalFloat4": (wb.NormalFloat4, {}, "part"),
     "WeightClustering": (wb.WeightClustering, {}, "bits"),
+    "EntropyAwareTraining": (wb.EntropyAwareTraining, {"epochs": 1}, "strength"),
     "Distillation": (wb.Distillation, {"epochs": 1}, "width"),
+    "DistillationFeatures": (wb.DistillationFeatures, {"epochs": 1}, "width"),
+    "DistillationRelational": (wb.DistillationRelational, {"epochs": 1}, "width"),
 }
-REMOVES = {"sparsity", "replaced", "part"}  # settings whose high end compresses most
+REMOVES = {"sparsity", "replaced", "pattern", "part", "strength"}  # settings whose high end compresses most
 ADAPTS = {wb.LoRA}  # adds to a model what it learns: its file grows with the slider
 
 

@@ -12,8 +12,8 @@ import toy
 from torch import nn
 
 import workbench as wb
-from workbench.surgery import Parallel
-from workbench.techniques.low_rank.lora import adapters, attach, merged, with_adapters
+from workbench.surgery import Parallel, clone
+from workbench.techniques.low_rank.lora import _Still, adapters, attach, merged, with_adapters
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +56,13 @@ def test_outputs_equal_those_of_peft(form, model, data):
     peft = pytest.importorskip("peft")
     terms, alpha, rank = random_terms(model), 12, 4
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(terms))
-    theirs = peft.get_peft_model(wb.surgery.clone(model), config).eval()
+    theirs = peft.get_peft_model(clone(model), config).eval()
     for name, (up, down) in terms.items():
         layer = theirs.base_model.model.get_submodule(name)
         with torch.no_grad():
             layer.lora_A["default"].weight.copy_(down.view_as(layer.lora_A["default"].weight))
             layer.lora_B["default"].weight.copy_(up.view_as(layer.lora_B["default"].weight))
-    ours = form(wb.surgery.clone(model), {name: (alpha / rank * up, down) for name, (up, down) in terms.items()})
+    ours = form(clone(model), {name: (alpha / rank * up, down) for name, (up, down) in terms.items()})
     x = images(data)
     with torch.no_grad():
         assert torch.allclose(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
@@ -83,6 +83,13 @@ def test_training_learns_and_freezes_everything_but_the_adapters(model, data, ad
     for name, value in model.state_dict().items():
         assert torch.equal(base[name], value), name
     assert all(p.requires_grad for p in adapted.parameters())  # the next stage may train all of it
+
+
+def test_norms_keep_their_statistics_while_a_term_learns(model, data):
+    learner = _Still(clone(model))
+    for _ in wb.fit(learner, replace(data, train=data.train.take(128)), epochs=1):
+        assert not learner.model[1].training
+    assert torch.equal(learner.model[1].running_mean, model[1].running_mean)
 
 
 def test_the_adapters_are_a_small_file_that_the_base_takes_up_again(model, data, adapted, tmp_path):
@@ -110,14 +117,14 @@ def test_an_unmerged_model_loads_in_a_fresh_process(adapted, data, tmp_path):
 
 def test_the_zeros_of_a_pruned_base_stay(model, data):
     pruned = wb.MagnitudePruning(sparsity=0.8).compress(model)
-    adapted = wb.LoRA(rank=2).compress(pruned, data)
+    adapted = wb.LoRA(rank=2, epochs=2).compress(pruned, data)
     assert isinstance(adapted[0], Parallel)
     assert torch.equal(adapted[0][0].weight, pruned[0].weight)
     assert wb.evaluate(adapted, data.val).value >= wb.evaluate(pruned, data.val).value
     decoded = wb.artifact.decode(wb.encode(adapted))
     assert torch.equal(decoded(images(data)), adapted(images(data)))
     with pytest.raises(ValueError, match="mask or codes"):
-        wb.LoRA(rank=2, merge=True).compress(pruned, data)
+        wb.LoRA(rank=2, epochs=2, merge=True).compress(pruned, data)
 
 
 def test_the_watcher_sees_steps_and_stops(model, data):

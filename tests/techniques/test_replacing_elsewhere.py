@@ -17,7 +17,6 @@ from workbench.techniques.replacing import replaceable_layers
 
 MODELS = ("squeezenet1_1", "mobilenet_v3_small", "resnet18")
 TECHNIQUES = [
-    wb.LowRank(rank=0.25),
     wb.LowRank(choose="budget", kept=0.5),
     wb.Tucker(rank=0.25),
     wb.CPDecomposition(rank=0.05, sweeps=1),
@@ -32,7 +31,7 @@ def network(name):
     torch.manual_seed(0)
     net = getattr(torchvision.models, name)(num_classes=10)
     if name == "resnet18":
-        net.layer4 = nn.Conv2d(256, 512, 3, stride=2, padding=1)  # its four largest convolutions say nothing new
+        net.layer3, net.layer4 = nn.Identity(), nn.Conv2d(128, 512, 1)  # the largest kernels only take longer
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.uniform_(layer.running_var, 0.5, 1.5)
@@ -49,7 +48,7 @@ def lora(model):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_comes_out_runs_saves_loads_and_converts(name, tmp_path):
-    model, x = network(name), torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    model, x = network(name), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     before = sum(p.numel() for p in model.parameters())
     answers = []
     for number, technique in enumerate([*TECHNIQUES, None]):

@@ -1,6 +1,7 @@
 """One file a technique, grouped by family; `TECHNIQUES` lists them in the order of the notebooks."""
 
 from workbench.techniques.clustering import WeightClustering
+from workbench.techniques.coding import EntropyAwareTraining
 from workbench.techniques.distillation import (
     Distillation,
     DistillationFeatures,
@@ -48,6 +49,7 @@ TECHNIQUES = (
     SemiStructuredPruning,
     ChannelPruning,
     LayerDropping,
+    WeightClustering,
     Quantization,
     AdaRound,
     GPTQ,
@@ -63,6 +65,7 @@ TECHNIQUES = (
     DistillationFeatures,
     DistillationRelational,
     SelfDistillation,
+    EntropyAwareTraining,
 )
 
 __all__ = ["TECHNIQUES", "FineTune", *(technique.__name__ for technique in TECHNIQUES)]

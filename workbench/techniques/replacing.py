@@ -112,7 +112,7 @@ def thin(layer: nn.Module, weight: Tensor, *, along: str | int = "none", groups:
         made = nn.Linear(inputs, outputs, bias=bias, device="meta")
     else:
         kernel, options = _geometry(layer, along)
-        made = type(layer)(inputs, outputs, kernel, groups=groups, bias=bias, device="meta", **options)
+        made = model_class(layer)(inputs, outputs, kernel, groups=groups, bias=bias, device="meta", **options)
     made.weight = nn.Parameter(weight.detach().to(layer.weight).reshape(made.weight.shape).contiguous().clone())
     if bias:
         made.bias = nn.Parameter(layer.bias.detach().clone())

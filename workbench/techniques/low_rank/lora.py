@@ -150,9 +150,7 @@ class LoRA(Technique):
         for name, layer in layers:
             terms[name] = LowRankTerm(*first_terms(layer.weight, self.rank, generator), self.alpha / self.rank)
             parametrize_weight(layer, terms[name])
-        steps = fit(
-            _Still(learner), data, epochs=self.epochs, learning_rate=LEARNING_RATE, seed=self.seed, validations=4
-        )
+        steps = fit(_Still(learner), data, epochs=self.epochs, learning_rate=LEARNING_RATE, seed=self.seed)
         for step in steps:
             if watch is not None and watch(step) is False:
                 steps.close()

@@ -1,18 +1,19 @@
 """Gradual pruning: train on while the smallest weights go, a few at a time.
 
 Idea: a network that loses many weights at once must repair everything at once. Here the mask grows during training,
-quickly while there is much to spare and ever more slowly towards the end, after the cubic schedule
-s(t) = s · (1 − (1 − t)³). Between two cuts the weights that stay take over the work of those that went. The last part
-of the training leaves the mask as it is.
+quickly while there is much to spare and ever more slowly towards the end, after the cubic schedule s(t) = s · (1 − (1
+− t)³). Between two cuts the weights that stay take over the work of those that went. The second half of the training
+leaves the mask as it is.
 
-Settings: `sparsity`, the part of the weights removed at the end. `scope`, among which weights magnitudes are compared:
-"global", "layer" (also "uniform") or "erk". `epochs` of training; the mask grows during the first three quarters of
+Settings: `sparsity`, the part of the weights removed at the end. `scope`, among which weights magnitudes are
+compared: "global", "layer" (also "uniform") or "erk". `epochs` of training; the mask grows during the first half of
 them. `seed` of the order of the images. Stopped early, the rest is cut at once and not repaired.
 
 When it helps: high sparsities, where pruning at once and tuning afterwards loses more than training can repair.
 
-When it does not: low sparsities, where plain magnitude pruning costs nothing that could be saved. It takes a training,
-and weights that went never come back. Only the file gains: dense kernels take as long for zeros.
+When it does not: low sparsities and short trainings. Half of the training is spent on the way to the sparsity, so
+that magnitude pruning at once, tuned for as many epochs, may do as well or better: compare the two. Weights that went
+never come back. Only the file gains: dense kernels take as long for zeros.
 
 Source: Zhu and Gupta, 2017, arXiv:1710.01878.
 """

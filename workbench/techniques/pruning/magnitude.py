@@ -1,20 +1,21 @@
 """Magnitude pruning: set the smallest weights to zero.
 
 Idea: a weight close to zero moves the output little, so the smallest ones go first. Sort all weights by absolute
-value, and hold the lowest `sparsity` of them at zero with a mask that lies on the weight. The mask stays there
-during fine-tuning, so pruned weights stay pruned.
+value, and hold the lowest `sparsity` of them at zero with a mask that lies on the weight. The mask stays there during
+fine-tuning, so pruned weights stay pruned.
 
 Settings: `sparsity`, the part of the weights removed. `scope` "global" sorts the weights of all layers together, so
 that layers with many small weights lose more; "layer" (also "uniform") removes the same part of every layer; "erk"
-(Erdős–Rényi-Kernel) removes more from layers whose sides are large, so that small ones stay nearly whole. `finetune`,
-epochs of training afterwards. No layer is ever emptied: its largest weight stays.
+(Erdős–Rényi-Kernel) keeps of each layer a part in proportion to the sum of its sides over its size, so that small
+layers stay nearly whole. `finetune`, epochs of training afterwards. No layer is ever emptied: its largest weight
+stays.
 
 When it helps: the file. Zeros take almost no bytes once the weights are coded, and large layers often lose 80 to 90 %
 of their weights at little cost, more after fine-tuning.
 
-When it does not: speed. A dense kernel multiplies by zero as slowly as by anything else, so latency and memory
-while running stay as they were. Small networks and depthwise layers have few weights to spare, and accuracy falls
-suddenly beyond some sparsity: look for the knee.
+When it does not: speed. A dense kernel multiplies by zero as slowly as by anything else, so latency and memory while
+running stay as they were. Small networks and depthwise layers have few weights to spare, and accuracy falls suddenly
+beyond some sparsity: look for the knee.
 
 Source: Han et al., 2015, arXiv:1506.02626; for ERK Evci et al., 2020, arXiv:1911.11134.
 """

@@ -99,7 +99,7 @@ def kept(ranked: list[Tensor], sparsity: float, scope: str) -> list[Tensor]:
     """Return one boolean mask for each tensor of `scoped_ranks`, true where a weight stays; no layer is emptied."""
     sizes = [rank.numel() for rank in ranked]
     if scope == "global":
-        gone = [min(round(sparsity * sum(sizes)), sum(sizes) - 1)] * len(sizes)
+        gone = [min(round(sparsity * sum(sizes)), sum(sizes) - len(sizes))] * len(sizes)
     else:
         shapes = [rank.shape for rank in ranked]
         parts = erk_sparsities(shapes, sparsity) if scope == "erk" else [sparsity] * len(sizes)
@@ -135,9 +135,9 @@ def cubic_sparsity(done: float, final: float) -> float:
 
 
 def ramp_end(steps: int) -> int:
-    """Return the training step of `steps` at which the mask is complete; the last quarter leaves it as it is."""
+    """Return the training step of `steps` at which the mask is complete; the second half leaves it as it is."""
     every = _interval(steps)
-    return max(every, round(0.75 * steps) // every * every)
+    return max(every, round(0.5 * steps) // every * every)
 
 
 def ramp_part(number: int, steps: int) -> float | None:

@@ -7,7 +7,7 @@ gradients pass straight through the mask, so weights that are out go on scoring 
 
 Settings: `sparsity`, the part of the weights removed at the end; on the way it follows the cubic schedule of gradual
 pruning. `scope`, among which weights scores are compared: "global", "layer" (also "uniform") or "erk". `epochs` of
-training, the last quarter with a fixed mask. `seed` of the order of the images. Stopped early, the mask is made from
+training, the second half with a fixed mask. `seed` of the order of the images. Stopped early, the mask is made from
 the scores so far.
 
 When it helps: high sparsities in a model that is tuned to other data than it was trained on, where old magnitudes say
@@ -59,7 +59,7 @@ class ScoredMask(nn.Module):
         self.probe = nn.Parameter(torch.zeros(mask.shape))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * (self.mask.to(weight.dtype) + self.probe)
+        return weight * (self.mask + self.probe).to(weight.dtype)
 
     def collect(self, growing: bool) -> None:
         """Take the last step's gradient from the optimizer, and add it to the scores while the mask is `growing`."""

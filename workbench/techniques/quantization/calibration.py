@@ -18,6 +18,7 @@ FRACTIONS = torch.linspace(1.0, 0.3, 36)
 SAMPLE = 65_536
 BINS = 2048  # of the histogram that divergence is measured on, and how many of them a candidate grows by
 BIN_STEP = 8
+LEAST_COUNT = 1e-4  # of a bin that only holds what was cut off, where the divergence would be infinite
 
 
 def scale_and_zero(low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -101,7 +102,7 @@ def _divergence(counts: Tensor, stop: int, levels: int) -> Tensor:
     filled = (clipped > 0).double()
     merged = torch.arange(stop) * levels // stop
     totals = torch.bincount(merged, kept, minlength=levels) / torch.bincount(merged, filled, minlength=levels)
-    spread = torch.where(filled > 0, totals[merged], torch.zeros_like(kept))
+    spread = torch.where(filled > 0, totals[merged].clamp(min=LEAST_COUNT), torch.zeros_like(kept))
     p, q = clipped / clipped.sum(), spread / spread.sum()
     return torch.where(p > 0, p * (p / q).log(), torch.zeros_like(p)).sum()
 
