@@ -110,11 +110,13 @@ class _State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
+    keeps_best: bool = True
+    steps: int = 0
+    penalty: Callable[[int, int], Tensor] | None = None
+    each_step: Callable[[int, int], bool | None] | None = None
     epoch: int = 0
     best: Accuracy | None = None
     best_weights: dict[str, Tensor] = field(default_factory=dict)
-    steps: int = 0
-    each_step: Callable[[int, int], bool | None] | None = None
 
     def tell_step(self) -> None:
         """Call `each_step`, and forget the best weights if it says that the model has become another one."""
@@ -122,7 +124,7 @@ class _State:
             self.best, self.best_weights = None, {}
 
     def keep_if_best(self, accuracy: Accuracy) -> None:
-        if self.best is None or accuracy.value >= self.best.value:
+        if self.keeps_best and (self.best is None or accuracy.value >= self.best.value):
             self.best = accuracy
             self.best_weights = copy.deepcopy(self.model.state_dict())
 
@@ -244,6 +246,9 @@ def fit(
     checkpoint: Path | None = None,
     objective: Objective | None = None,
     each_step: Callable[[int, int], bool | None] | None = None,
+    parameters: list[dict] | None = None,
+    penalty: Callable[[int, int], Tensor] | None = None,
+    keep: str = "best",
 ) -> Iterator[Step]:
     """Train `model` in place (AdamW, one cycle) and yield a `Step` each few batches.
 
@@ -253,13 +258,19 @@ def fit(
     seed gives the same result on the same machine.
     `each_step(number, steps)` is called in every step, number 1 first, when the gradients are there and the weights
     have not moved yet; it may change the model, and returning True makes `fit` forget what was best before.
+    `parameters`: groups as torch's optimizers take them, each with its own "lr". `penalty(step, steps)` is added to
+    the loss of each step. `keep="last"` leaves the last weights, not the best, where accuracy is not all that counts.
     """
     per_epoch = math.ceil(len(data.train) / batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
+    groups = parameters if parameters is not None else model.parameters()
+    optimizer = torch.optim.AdamW(groups, learning_rate, weight_decay=weight_decay)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=max(5, epochs * per_epoch), pct_start=0.25
+        optimizer, peaks, total_steps=max(5, epochs * per_epoch), pct_start=0.25
     )  # torch divides by zero where a quarter of the steps is exactly one
-    state = _State(model, optimizer, schedule, steps=epochs * per_epoch, each_step=each_step)
+    state = _State(
+        model, optimizer, schedule, keep == "best", steps=epochs * per_epoch, penalty=penalty, each_step=each_step
+    )
     if checkpoint and checkpoint.is_file():
         state.load(checkpoint, per_epoch)
     if objective is None:
@@ -302,6 +313,8 @@ def _update(state: _State, images: Tensor, labels: Tensor, objective: Objective)
     state.model.train()
     with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
         loss = objective(state.model, images, labels)
+    if state.penalty is not None:
+        loss = loss + state.penalty(state.schedule.last_epoch, state.schedule.total_steps)
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     state.tell_step()

@@ -74,9 +74,9 @@ def test_batchnorm_scales_equal_those_of_torch_pruning(residual):
 
 def test_norms_equal_those_of_torch_pruning(residual):
     weights = {name: residual.get_submodule(name).weight.detach() for name in ("first", "second", "head")}
+    kinds = [nn.modules.conv._ConvNd, nn.Linear]
     for power in (1, 2):
         ours = criteria.norm_scores(only_group(residual), weights, power)
-        kinds = [nn.modules.conv._ConvNd, nn.Linear]
         make = lambda tp, p=power: tp.GroupMagnitudeImportance(p=p, normalizer=None, target_types=kinds)
         assert same_up_to_a_factor(ours, peer(copy.deepcopy(residual), make))
 
@@ -139,7 +139,7 @@ def test_every_criterion_works_along_the_slider(criterion, scope, residual, data
 
 
 def test_criteria_say_what_they_need(residual, data):
-    with pytest.raises(ValueError, match="Sequential has no BatchNorm .* choose criterion"):
+    with pytest.raises(ValueError, match=r"Sequential has no BatchNorm .* choose criterion"):
         ChannelPruning(criterion="batchnorm").compress(toy.model(), x)
     with pytest.raises(ValueError, match="needs images with labels"):
         ChannelPruning(criterion="taylor").compress(residual, x)

@@ -248,7 +248,7 @@ def test_norms_of_convolutions_are_those_of_their_patches(layer):
         probe.weight.data.zero_()
         probe.weight.data[row].view(-1)[place] = 1
         assert float(found[row].reshape(-1)[place]) == pytest.approx(
-            2 * float(probe(x.square())[:, row].sum()), rel=1e-4
+            2 * probe(x.square())[:, row].sum().item(), rel=1e-4
         )
 
 

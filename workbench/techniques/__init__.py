@@ -1,9 +1,7 @@
-"""One file a technique, grouped by family; `TECHNIQUES` lists them in the order of the notebooks.
-
-`KEEP_SIZE` lists those that make nothing smaller but bring accuracy, before or after the others.
-"""
+"""One file a technique, grouped by family; `TECHNIQUES` lists them in the order of the notebooks."""
 
 from workbench.techniques.clustering import WeightClustering
+from workbench.techniques.coding import EntropyAwareTraining
 from workbench.techniques.distillation import (
     Distillation,
     DistillationFeatures,
@@ -11,7 +9,7 @@ from workbench.techniques.distillation import (
     SelfDistillation,
 )
 from workbench.techniques.finetuning import FineTune
-from workbench.techniques.low_rank import LowRank
+from workbench.techniques.low_rank import CPDecomposition, LoRA, LowRank, Tucker
 from workbench.techniques.pruning import (
     ChannelPruning,
     GradualPruning,
@@ -34,9 +32,15 @@ from workbench.techniques.quantization import (
     Quantization,
     QuantizationAwareTraining,
 )
+from workbench.techniques.topology import DepthwiseSeparable, PointwiseConvolution
 
 TECHNIQUES = (
     LowRank,
+    Tucker,
+    CPDecomposition,
+    DepthwiseSeparable,
+    PointwiseConvolution,
+    LoRA,
     MagnitudePruning,
     GradualPruning,
     MovementPruning,
@@ -45,6 +49,7 @@ TECHNIQUES = (
     SemiStructuredPruning,
     ChannelPruning,
     LayerDropping,
+    WeightClustering,
     Quantization,
     AdaRound,
     GPTQ,
@@ -59,35 +64,8 @@ TECHNIQUES = (
     Distillation,
     DistillationFeatures,
     DistillationRelational,
+    SelfDistillation,
+    EntropyAwareTraining,
 )
-KEEP_SIZE = (SelfDistillation, FineTune)
 
-__all__ = [
-    "AWQ",
-    "GPTQ",
-    "KEEP_SIZE",
-    "TECHNIQUES",
-    "AdaRound",
-    "BFloat16",
-    "ChannelPruning",
-    "Distillation",
-    "DistillationFeatures",
-    "DistillationRelational",
-    "FineTune",
-    "Float8",
-    "Float16",
-    "GradualPruning",
-    "LayerDropping",
-    "LowRank",
-    "MagnitudePruning",
-    "MixedPrecision",
-    "MovementPruning",
-    "NormalFloat4",
-    "Quantization",
-    "QuantizationAwareTraining",
-    "SelfDistillation",
-    "SemiStructuredPruning",
-    "WandaPruning",
-    "WeightClustering",
-    "WeightDecayPruning",
-]
+__all__ = ["TECHNIQUES", "FineTune", *(technique.__name__ for technique in TECHNIQUES)]

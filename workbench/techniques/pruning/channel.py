@@ -10,7 +10,7 @@ ranked by l2); "geometric median", how far its filters lie from all others, so t
 "taylor", the squared first-order change of the loss without its filters on 128 labelled training images. `scope`
 "layer" (also "uniform") removes the same part everywhere; "global" compares channels over the whole model, each
 relative to the average of its own group. `round_to` leaves channel counts at multiples of 8 or 16, which kernels
-like. `recalibrate` measures BatchNorm statistics anew on 128 training images. `finetune`, epochs of training after
+like. `recalibrate` measures BatchNorm statistics anew on 64 training images. `finetune`, epochs of training after
 each cut. `rounds`, in how many cuts the sparsity is reached, each with scores of its own; stopped early, the rest is
 cut at once. One channel of each group, or one multiple, always stays.
 

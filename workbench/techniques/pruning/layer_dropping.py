@@ -5,7 +5,7 @@ what flows through. Put the identity in its place, and the network still runs. R
 block in turn, measure how far the outputs move, and drop the blocks that move them least.
 
 Settings: `sparsity`, the part of the blocks that can be dropped which is dropped. `recalibrate` measures BatchNorm
-statistics anew on 128 training images. `finetune`, epochs of training afterwards. A block is a child of an
+statistics anew on 64 training images. `finetune`, epochs of training afterwards. A block is a child of an
 `nn.Sequential` or `nn.ModuleList` that holds weights and keeps the shape; of blocks inside blocks the outermost
 counts, except where it is a row of several blocks itself.
 

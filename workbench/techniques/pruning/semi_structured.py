@@ -51,7 +51,7 @@ def n_m_mask(scores: Tensor, n: int, m: int) -> Tensor:
     groups = rows.unflatten(-1, (-1, m))
     mask = torch.zeros_like(groups, dtype=torch.bool)
     mask.scatter_(-1, groups.argsort(dim=-1, stable=True)[..., m - n :], True)
-    return mask.flatten(-2)[..., :inputs].movedim(-1, 1)
+    return mask.flatten(-2)[..., :inputs].movedim(-1, 1).contiguous()  # else convolutions would sum in another order
 
 
 @dataclass(frozen=True)
