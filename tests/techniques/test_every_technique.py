@@ -50,9 +50,9 @@ ADAPTS = {wb.LoRA}  # adds to a model what it learns: its file grows with the sl
 
 @pytest.fixture(scope="module")
 def data():
-    """A few hundred glyphs: enough to calibrate, and one epoch of it lasts a second."""
+    """A few hundred glyphs: enough to calibrate, and one epoch of it is two steps."""
     glyphs = wb.load_data("glyphs")
-    return replace(glyphs, train=glyphs.train.take(600), val=glyphs.val.take(200), test=glyphs.test.take(200))
+    return replace(glyphs, train=glyphs.train.take(256), val=glyphs.val.take(128), test=glyphs.test.take(128))
 
 
 @pytest.fixture(scope="module")
