@@ -22,8 +22,8 @@ CELLS = (
     "panel(wb.LowRank, model, data)",
 )
 WATCH = """() => {
-    // Note the moment of every change that the page shows, from the last key press on.
-    const text = (where) => document.querySelector(where)?.innerText ?? "";
+    // Note when the page changes, from the key press on; textContent, since innerText would cost a layout.
+    const text = (where) => document.querySelector(where)?.textContent ?? "";
     window.seen = {};
     window.began = performance.now();
     const before = { size: text('[data-tile="size"] .wb-number-shown') };

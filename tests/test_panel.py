@@ -44,7 +44,7 @@ def opened(model, data):
 
 
 def trace(shown, name):
-    return shown._traces[name]
+    return shown.drawing._traces[name]
 
 
 def number(shown, tile):
@@ -380,6 +380,52 @@ def test_page_that_opened_meanwhile_is_sent_everything(opened):
 def test_every_technique_has_a_panel(opened, technique):
     shown = opened(technique)
     assert shown.state == "done", shown.alert.html
+
+
+def test_another_technique_keeps_the_points_tried_so_far(opened):
+    shown = opened((wb.LowRank, wb.MagnitudePruning(sparsity=0.8)))
+    first = shown.point
+    shown.chooser.value = wb.MagnitudePruning
+    assert shown.wait_idle()
+    assert shown.point.technique == wb.MagnitudePruning(sparsity=0.8)
+    assert set(shown.controls) == {knob.name for knob in wb.MagnitudePruning.settings()}
+    assert "Magnitude pruning" in shown.header.html and "When it does not" in shown.card.html
+    assert list(trace(shown, "tradeoff-tried").x) == [first.size_bytes]
+    assert shown.address.settings["technique"] == "MagnitudePruning"
+    shown.undo()
+    assert shown.wait_idle()
+    assert shown.kind is wb.LowRank and shown.point is first and shown.chooser.value is wb.LowRank
+
+
+def test_address_names_the_technique(opened):
+    shown = opened((wb.LowRank, wb.MagnitudePruning))
+    shown.address.found = {"technique": "MagnitudePruning", "sparsity": "0.9"}
+    assert shown.wait_idle()
+    assert shown.point.technique.sparsity == 0.9
+
+
+def test_settings_that_do_not_go_together_are_told(opened):
+    @dataclass(frozen=True)
+    class Picky(Technique):
+        """Refuses two values at once."""
+
+        one: int = setting(1, low=0, high=4, step=1, neutral=0)
+        two: int = setting(4, low=0, high=4, step=1)
+
+        def __post_init__(self):
+            if self.one > self.two:
+                raise ValueError(f"Picky: one is {self.one}, more than two, which is {self.two}; lower it.")
+
+        def compress(self, model, data=None, watch=None):
+            return clone(model)
+
+    shown = opened(Picky)
+    shown.controls["two"].value = 0
+    assert shown.wait_idle()
+    assert "one is 1, more than two" in shown.alert.html
+    shown.controls["one"].value = 0
+    assert shown.wait_idle()
+    assert shown.alert.html == "" and shown.state == "done"
 
 
 def test_what_does_not_help_is_said(opened):

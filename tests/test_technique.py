@@ -71,6 +71,7 @@ def test_neutral_puts_every_setting_that_has_one_at_it():
 
 def test_title_is_the_class_name_in_words():
     assert wb.LowRank.title() == "Low rank" and wb.MagnitudePruning.title() == "Magnitude pruning"
+    assert wb.CPDecomposition.title() == "CP decomposition" and wb.LoRA.title() == "LoRA"
 
 
 def test_a_pipeline_applies_its_stages_in_order_and_leaves_the_model_alone():

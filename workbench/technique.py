@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from workbench.invariants import Invariants
 
 ABSENT: Any = object()  # marks a setting without a value that changes nothing
 Watch = Callable[[Any], "bool | None"]
@@ -157,7 +159,27 @@ class Technique:
 
     def recall(self, model: nn.Module) -> nn.Module | None:
         """Return a result shipped for exactly this model and these settings, or None."""
+        from workbench.results import recall
+
+        return recall(self, model)
+
+    def control(self) -> Technique | None:
+        """Return what trains as long and the same way without a teacher, or None where no teacher takes part."""
         return None
+
+    def within(self, original: nn.Module) -> Technique:
+        """Return this technique as a stage of a pipeline that was given `original`: it may learn from it."""
+        return self
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What one stage of a pipeline left: its model, what holds of it, and what it broke of earlier stages, in words."""
+
+    stage: Technique
+    model: nn.Module
+    invariants: Invariants
+    broken: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -186,7 +208,29 @@ class Pipeline(Technique):
 
     def compress(self, model, data=None, watch=None):
         """Return the model after all stages; an empty pipeline returns an untouched copy."""
-        model = copy.deepcopy(model).eval()
+        small = copy.deepcopy(model).eval()
+        for _, small in self._compressed(model, data, watch):  # noqa: B007
+            pass
+        return small
+
+    def run(self, model: nn.Module, data: Any = None, watch: Watch | None = None) -> Iterator[StageReport]:
+        """Yield a report after each stage: the same models as `compress`, and what each stage broke of earlier ones.
+
+        A stage keeps what those before it made: zeros stay zero, codebooks stay small, layers do not grow again.
+        """
+        from workbench.invariants import Invariants, Promises
+
+        before, promises = Invariants.of(model), Promises()
+        for stage, small in self._compressed(model, data, watch):
+            after = Invariants.of(small)
+            broken = promises.broken_by(stage.title(), after)
+            promises.add(stage.title(), before, after)
+            yield StageReport(stage, small, after, tuple(broken))
+            before = after
+
+    def _compressed(self, model, data, watch) -> Iterator[tuple[Technique, nn.Module]]:
+        """Yield each stage and the model that it returns."""
+        small = model
         for stage in self.stages:
-            model = stage.compress(model, data, watch)
-        return model
+            small = stage.within(model).compress(small, data, watch)
+            yield stage, small

@@ -2,79 +2,52 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import ipywidgets
-import plotly.graph_objects as go
 from torch import nn
 
-from workbench import plots
 from workbench.panel import controls, measure, words
+from workbench.panel.figure import Drawing
 from workbench.panel.measure import Point
 from workbench.panel.worker import Steps, Worker, give_way
 from workbench.records import read_records, record_names
 from workbench.runtimes import available_runtimes, runtime
 from workbench.technique import Technique
 
-REST = 0.12  # seconds without a new value after which the slider counts as released
+REST = 0.08  # seconds without a new value after which the slider counts as released
 PATIENCE = 5.0  # seconds to wait for the release of a slider that is held still; the browser may never tell of it
-FRAME = 0.1  # seconds between two drawings of progress
+FRAME = 0.1  # seconds between two drawings of progress in tiles and words
+FIGURE_FRAME = 0.4  # of the figure, since the browser's drawing takes a processor from what is measured
 
 
-class Figure(go.FigureWidget):
-    """A figure that tells a page which opens later what it shows now; plotly's own tells what it showed at first."""
-
-    def get_state(self, key=None, drop_defaults=False):
-        if key is None and "_layout_obj" in self.__dict__:
-            self._trait_values["_widget_data"] = copy.deepcopy(self._data)
-            self._trait_values["_widget_layout"] = copy.deepcopy(self._layout_obj._props)
-        return super().get_state(key, drop_defaults)
-
-    def send_again(self) -> None:
-        """Send every mark and range once more: what was drawn while a page opened, before it listened, is lost."""
-        properties = ("x", "y", "text", "visible", "error_y.array", "error_y.arrayminus")
-        drawn = {name: [_plain(trace, name) for trace in self.data] for name in properties}
-        ranges = {f"{axis}.range": list(self.layout[axis].range) for axis in _AXES if self._has_range(axis)}
-        self._send_update_msg(drawn, ranges, list(range(len(self.data))))
-
-    def _has_range(self, axis: str) -> bool:
-        return axis in self._layout_obj._props and self.layout[axis].range is not None
-
-
-_AXES = ("xaxis", "yaxis", "xaxis4", "xaxis5", "yaxis5")
-
-
-def _plain(trace, name: str):
-    """Return a property of a trace, an array as a list; None where this kind of trace has no such property."""
-    try:
-        value = trace[name]
-    except (KeyError, ValueError):
-        return None
-    return value if value is None or isinstance(value, (bool, str)) else list(value)
+Offer = type[Technique] | Technique
 
 
 def is_usual(kind: type[Technique], settings: dict) -> bool:
     """True when only the slider differs from the defaults: such records make one curve, which others must not join."""
-    if kind(**settings).is_neutral:
+    technique = kind(**settings)  # what older records do not name has its default
+    if technique.is_neutral:
         return True
     fixed = [knob for knob in kind.settings() if not knob.is_number or knob.name in ("finetune", "soft_weight")]
-    return all(settings[knob.name] == knob.default for knob in fixed)
+    return all(getattr(technique, knob.name) == knob.default for knob in fixed)
 
 
 class Panel(ipywidgets.VBox):
-    """Sliders for one technique on one model: exact bytes while dragging, accuracy and latency when it rests.
+    """Sliders for a technique on one model: exact bytes while dragging, accuracy and latency when it rests.
 
-    `technique`: a class, or an instance whose values are the start. `data`: a `Data` with `val` and `test`.
-    `records`: recorded points to draw behind one's own. `runtime`: where latency is measured first.
+    `technique`: a class, an instance whose values are the start, or a sequence of them to choose from. `data`: a `Data`
+    with `val` and `test`. `records`: recorded points to draw behind one's own, in place of those that are shipped.
+    `runtime`: where latency is measured first.
     """
 
     def __init__(
         self,
-        technique: type[Technique] | Technique,
+        technique: Offer | Sequence[Offer],
         model: nn.Module,
         data: Any,
         *,
@@ -83,38 +56,40 @@ class Panel(ipywidgets.VBox):
         presets: dict[str, dict] | None = None,
     ):
         super().__init__()
-        self.kind = technique if isinstance(technique, type) else type(technique)
+        offered = technique if isinstance(technique, Sequence) else (technique,)
+        starts = [one() if isinstance(one, type) else one for one in offered]
+        self._starts = {type(start): start.values() for start in starts}
+        self._records, self._presets = records, presets or {}
+        self.kind = type(starts[0])
         self.model, self.data = model, data
-        self.knobs = {knob.name: knob for knob in self.kind.settings()}
-        start = (self.kind() if isinstance(technique, type) else technique).values()
-        self.presets = {**controls.presets(self.kind, start), **(presets or {})}
         self.state = "resting"
         self.measurements = 0  # how many times a measurement of a setting began
         self.baseline: Point | None = None
         self.point: Point | None = None
         self.pinned: Point | None = None
-        self._points: dict[tuple, Point] = {}
-        self._history, self._at = [start], 0
+        self._points: dict[Technique, Point] = {}
+        self._history, self._at = [starts[0]], 0
         self._applying = False
         self._notice = ""  # what was wrong with the page's address, until a control is moved
         self._training: list | None = None
         self._lock = threading.RLock()  # held for moments only, so that Stop never waits for a drawing
         self._drawing = threading.RLock()
-        self._drawn = 0.0
+        self._drawn = self._figure_drawn = 0.0
         self._layers = measure.layer_names(model)
         self._example = data.example()
         self.worker = Worker(self._failed)
-        self._build(start, runtime, records)
+        self._build(runtime)
         self._submit(0.5)
 
     # --- what is on the page ---------------------------------------------------------------------------------------
 
-    def _build(self, start: dict, first_runtime: str, records: list | None) -> None:
-        self.controls = {name: controls.control(knob, start[name]) for name, knob in self.knobs.items()}
+    def _build(self, first_runtime: str) -> None:
         names = [one.name for one in available_runtimes() if one.device == "cpu"]
         first = first_runtime if first_runtime in names else names[0]
+        kinds = [(kind.title(), kind) for kind in self._starts]
+        self.chooser = controls.choice("technique", kinds, self.kind, "Which technique the controls are for")
         self.runtime = controls.choice("runtime", [(n, n) for n in names], first, "Where latency is measured")
-        self.preset = controls.choice("preset", [("choose …", ""), *((n, n) for n in self.presets)], "")
+        self.preset = controls.choice("preset", [("choose …", "")], "")
         self.undo_button = controls.button("↶ Undo", "Back to the setting before", self.undo, disabled=True)
         self.redo_button = controls.button("↷ Redo", "Forward again", self.redo, disabled=True)
         self.pin_button = controls.button("★ Pin", "Keep this point to compare others with it", self.pin)
@@ -122,34 +97,46 @@ class Panel(ipywidgets.VBox):
         self.report_button = controls.button("Report", "Measure this setting once on the test images", self.report)
         self.train_button = controls.button("Train it here", "Train with these settings", self.train, accent=True)
         self.address = controls.Address(prefix=self.kind.__name__)
-        self.header = controls.View(kind="wb-header", html=self._header_html())
+        self.header = controls.View(kind="wb-header")
+        self.card = controls.View(kind="wb-about-technique")
         self.tiles = controls.View(kind="wb-tiles-view", name="results")
         self.words = controls.View(kind="wb-words", live=True, name="in words")
         self.alert = controls.View(kind="wb-alert", role="alert")
         self.report_view = controls.View(kind="wb-report", live=True)
         self.table = controls.View(kind="wb-table")
         self.status = controls.View(kind="wb-status", role="status")
-        self.figure = self._figure(records)
+        fp32_bytes = sum(4 * p.numel() for p in self.model.parameters())
+        trains = any(kind.trains or "finetune" in start for kind, start in self._starts.items())
+        self.drawing = Drawing(self._layers, self._recorded(), fp32_bytes, trains)
+        self.knob_row = controls.row("wb-knobs")
         self.children = self._layout()
+        self._take(self.kind)
         self._watch_controls()
         self._draw()
 
-    def _figure(self, records: list | None) -> go.FigureWidget:
-        layers = [*self._layers, measure.OTHER]
-        recorded = self._recorded() if records is None else records
-        weight = sum(4 * p.numel() for p in self.model.parameters())
-        drawn = plots.panel_figure(layers, recorded, weight, self._can_train)
-        self._hide_training, self._show_training = plots.without_training(layers) if self._can_train else ({}, {})
-        if self._can_train and not self.kind.trains:
-            drawn.update_layout(self._hide_training)
-        figure = Figure(drawn)  # it gives its traces new uids
-        figure._config = {**figure._config, **plots.CONFIG}
-        self._traces = {trace.uid: mine for trace, mine in zip(drawn.data, figure.data, strict=True)}
-        figure.add_class("wb-figure")
-        return figure
+    @property
+    def figure(self):
+        """The figure on the page."""
+        return self.drawing.widget
+
+    def _take(self, kind: type[Technique]) -> None:
+        """Put the controls of one technique on the page, at the values where it starts."""
+        start = self._starts[kind]
+        with self._lock:
+            self.kind = kind
+            self.knobs = {knob.name: knob for knob in kind.settings()}
+            self.controls = {name: controls.control(knob, start[name]) for name, knob in self.knobs.items()}
+            self.presets = {**controls.presets(kind, start), **self._presets}
+        for control in self.controls.values():
+            control.observe(self._changed, "value")
+        self.knob_row.children = (*self.controls.values(), self.runtime)
+        self.preset.options = [("choose …", ""), *((n, n) for n in self.presets)]
+        self.header.html, self.card.html = self._header_html(), words.card(kind)
 
     def _recorded(self) -> list:
-        """Return the shipped records of this technique on this model."""
+        """Return the shipped records of this technique on this model, or those that the caller gave."""
+        if self._records is not None:
+            return self._records
         name = getattr(self.model, "architecture", {}).get("name", "")
         every = [record for file in record_names() for record in read_records(file)]
         mine = {"model": name, "data": self.data.name, "technique": self.kind.__name__, "split": "val"}
@@ -157,22 +144,22 @@ class Panel(ipywidgets.VBox):
         return [r for r in fits if is_usual(self.kind, r.settings)]
 
     def _layout(self) -> tuple:
-        row = lambda kind, *parts: ipywidgets.Box(parts).add_class("wb-row").add_class(kind)
         acts = (self.preset, self.undo_button, self.redo_button, self.pin_button, self.address)
-        knobs = (*self.controls.values(), self.runtime)
+        choose = (controls.row("wb-choose", self.chooser),) if len(self._starts) > 1 else ()
         foot = (self.status, self.stop_button, self.report_button)
-        train = (self.train_button,) if self._can_train else ()
         self.add_class("wb-panel")
         return (
             self.header,
-            row("wb-knobs", *knobs),
-            row("wb-acts", *acts, *train),
+            *choose,
+            self.card,
+            self.knob_row,
+            controls.row("wb-acts", *acts, self.train_button),
             self.alert,
             self.tiles,
             self.figure,
             self.words,
             self.report_view,
-            row("wb-foot", *foot),
+            controls.row("wb-foot", *foot),
             self.table,
         )
 
@@ -184,15 +171,10 @@ class Panel(ipywidgets.VBox):
             f"<h3>{self.kind.title()}</h3><span class='wb-source'>{source}</span><span class='wb-about'>{about}</span>"
         )
 
-    @property
-    def _can_train(self) -> bool:
-        return self.kind.trains or "finetune" in self.knobs
-
     # --- settings --------------------------------------------------------------------------------------------------
 
     def _watch_controls(self) -> None:
-        for control in self.controls.values():
-            control.observe(self._changed, "value")
+        self.chooser.observe(lambda change: self.choose(change["new"]), "value")
         self.runtime.observe(self._changed, "value")
         self.preset.observe(self._preset_chosen, "value")
         self.address.observe(self._opened_with, "found")
@@ -214,6 +196,22 @@ class Panel(ipywidgets.VBox):
                 self._applying = False
         self._submit()
 
+    @property
+    def technique(self) -> Technique:
+        """The technique with the settings that the controls show."""
+        with self._lock:
+            return self.kind(**self.values)
+
+    def choose(self, kind: type[Technique]) -> None:
+        """Put another of the offered techniques on the page; the points tried so far stay in the figure."""
+        if kind is not self.kind:
+            self._take(kind)
+            self.chooser.value = kind
+            with self._drawing, self.figure.batch_update():
+                self.drawing.show_recorded(self._recorded())
+            self._notice = ""
+            self._submit()
+
     def _changed(self, _change=None) -> None:
         if not self._applying:
             self._notice = ""
@@ -230,8 +228,9 @@ class Panel(ipywidgets.VBox):
 
     def _opened_with(self, change) -> None:
         """Take over the settings that the page's address names; say which of them do not fit."""
-        found = {}
-        for name, text in change["new"].items():
+        found, texts = {}, dict(change["new"])
+        self.choose({kind.__name__: kind for kind in self._starts}.get(texts.pop("technique", ""), self.kind))
+        for name, text in texts.items():
             try:
                 if name in self.knobs:
                     found[name] = controls.parse(self.knobs[name], text)
@@ -239,17 +238,18 @@ class Panel(ipywidgets.VBox):
                 self._notice = f"The address of this page does not fit: {error}"
         self.set(**{n: v for n, v in found.items() if controls.reachable(self.knobs[n], v)})
 
-    def _commit(self, values: dict) -> None:
+    def _commit(self, technique: Technique) -> None:
         """Remember the settings for undo, and write them into the address."""
         with self._lock:
-            if values != self._history[self._at]:
-                self._history = [*self._history[: self._at + 1], values]
+            if technique != self._history[self._at]:
+                self._history = [*self._history[: self._at + 1], technique]
                 self._at += 1
             self._show_history()
-        code = f"wb.{self.kind.__name__}({', '.join(f'{k}={v!r}' for k, v in values.items())})"
+        said = {name: controls.word(value) for name, value in technique.values().items()}
+        if len(self._starts) > 1:
+            said = {"technique": type(technique).__name__, **said}
         with self.address.hold_sync():
-            self.address.settings = {name: controls.word(value) for name, value in values.items()}
-            self.address.code = code
+            self.address.settings, self.address.code = said, f"wb.{technique}"
 
     def _show_history(self) -> None:
         self.undo_button.disabled = self._at == 0
@@ -258,8 +258,8 @@ class Panel(ipywidgets.VBox):
     def undo(self) -> None:
         """Go back to the settings before."""
         with self._lock:
-            if self.values != self._history[self._at]:
-                self._commit(self.values)
+            if self.technique != self._history[self._at]:
+                self._commit(self.technique)
         self._go(-1)
 
     def redo(self) -> None:
@@ -270,8 +270,9 @@ class Panel(ipywidgets.VBox):
         with self._lock:
             self._at = min(max(self._at + by, 0), len(self._history) - 1)
             self._show_history()
-            values = self._history[self._at]
-        self.set(**values)
+            technique = self._history[self._at]
+        self.choose(type(technique))
+        self.set(**technique.values())
 
     def pin(self) -> None:
         """Keep the shown point to compare others with it; pressed again on the same point, let it go."""
@@ -282,8 +283,13 @@ class Panel(ipywidgets.VBox):
     # --- work ------------------------------------------------------------------------------------------------------
 
     def _submit(self, rest: float = REST) -> None:
-        values, name = self.values, self.runtime.value
-        self.worker.submit(lambda stale: self._show(values, name, rest, stale))
+        try:
+            technique, name = self.technique, self.runtime.value
+        except ValueError as error:  # settings that do not go together
+            self.worker.stop()
+            self._say(words.sentence(error))
+            return
+        self.worker.submit(lambda stale: self._show(technique, name, rest, stale))
 
     def stop(self) -> None:
         """Stop what runs. A student in training is kept as it is, and measured."""
@@ -297,13 +303,13 @@ class Panel(ipywidgets.VBox):
 
     def train(self) -> None:
         """Train with the shown settings, drawing loss and accuracy."""
-        values, name = self.values, self.runtime.value
-        self.worker.submit(lambda stale: self._train(values, name, stale))
+        technique, name = self.technique, self.runtime.value
+        self.worker.submit(lambda stale: self._train(technique, name, stale))
 
     def report(self) -> None:
         """Measure the shown setting on the test images, once."""
-        values, name = self.values, self.runtime.value
-        self.worker.submit(lambda stale: self._report(values, name, stale))
+        technique, name = self.technique, self.runtime.value
+        self.worker.submit(lambda stale: self._report(technique, name, stale))
 
     def wait_idle(self, timeout: float = 60.0) -> bool:
         """Wait until nothing is measured any more; False when that took longer than `timeout` seconds."""
@@ -314,11 +320,10 @@ class Panel(ipywidgets.VBox):
         self.worker.close()
         super().close()
 
-    def _show(self, values: dict, name: str, rest: float, stale) -> Steps:
+    def _show(self, technique: Technique, name: str, rest: float, stale) -> Steps:
         """Weigh at once, and measure when no newer setting has come for `rest` seconds."""
         self._say(self._notice)
         self._find_baseline()
-        technique = self.kind(**values)
         self.point = self._known(technique)
         self._progress("resting", "", stale)
         self._draw()
@@ -326,7 +331,7 @@ class Panel(ipywidgets.VBox):
         given_up = time.monotonic() + PATIENCE
         while self._held and time.monotonic() < given_up:
             yield 0.02
-        self._commit(values)
+        self._commit(technique)
         if self.point is None:
             self._progress("done", self._hint())
             return
@@ -345,42 +350,50 @@ class Panel(ipywidgets.VBox):
 
     def _known(self, technique: Technique) -> Point | None:
         """Return the point of these settings: known, shipped, or compressed now; None if it must be trained first."""
-        key = tuple(technique.values().values())
-        if key not in self._points:
+        if technique not in self._points:
             must_train = technique.trains or bool(technique.values().get("finetune"))
             model = technique.recall(self.model) if must_train else technique.compress(self.model, self.data)
             if model is None:
                 return None if technique.trains else self._known(replace(technique, finetune=0))
-            self._points[key] = self._weigh(self._title(technique), technique, model)
-        return self._points[key]
+            self._points[technique] = self._weigh(self._title(technique), technique, model)
+        return self._points[technique]
 
     def _title(self, technique: Technique) -> str:
         """Name the settings that say something: numbers with an effect, and choices other than the default."""
         values = technique.values()
-        said = [k for k in self.knobs.values() if values[k.name] != (k.neutral if k.is_number else k.default)]
-        return (
-            ", ".join(f"{k.label} {controls.word(values[k.name])}" for k in said) or f"{self.kind.title()}, no effect"
-        )
+        said = [k for k in technique.settings() if values[k.name] != (k.neutral if k.is_number else k.default)]
+        settings = ", ".join(f"{k.label} {controls.word(values[k.name])}" for k in said) or "no effect"
+        return settings if len(self._starts) == 1 and said else f"{technique.title()}, {settings}"
 
     def _measure(self, point: Point, name: str, stale) -> Steps:
-        """Count accuracy, then time; results appear as they come."""
+        """Count accuracy, then time; results appear as they come, and those of a stopped measurement stay."""
         timing = point.timings.get(name)
         if not (point.exact and timing and timing.done):
             self.measurements += 1
             self._progress("measuring", "measuring …", stale)
+        try:
+            yield from self._count(point, stale)
+            yield from self._time(point, name, stale)
+        finally:
+            if self.state == "stopped":
+                self._draw()
+        self._progress("done", self._hint() or "measured", stale)
+
+    def _count(self, point: Point, stale) -> Steps:
         for one, label in ((self.baseline, "the baseline's accuracy"), (point, "accuracy")):
             for _ in measure.score(one, self.data.val):
                 seen = f"measuring {label} … {len(one.hits):,}/{len(self.data.val):,}"
                 self._tick("measuring", seen, stale)
                 yield
         self._draw()
+
+    def _time(self, point: Point, name: str, stale) -> Steps:
         for one in self._runtimes(name):
             for timing in measure.time_point(point, self.baseline, one, self._example):
                 calls = timing.now.calls if timing and timing.now else 0
                 self._tick("measuring", f"measuring latency, {one} … {calls} calls", stale)
                 yield
         self._draw()
-        self._progress("done", self._hint() or "measured", stale)
 
     def _runtimes(self, name: str) -> list[str]:
         return [name, *([self._gpu[0]] if self._gpu[0] else [])]
@@ -394,10 +407,8 @@ class Panel(ipywidgets.VBox):
         """Say what the Train button is for, when the shown settings ask for training that has not happened here."""
         if self._training is not None:
             return "Training with these settings; Stop keeps the model so far."
-        technique = self.kind(**self.values)
-        if not (technique.trains or technique.values().get("finetune")):
-            return ""
-        if tuple(technique.values().values()) in self._points:
+        technique = self.technique
+        if not (technique.trains or technique.values().get("finetune")) or technique in self._points:
             return ""
         if technique.trains:
             return "Not trained here yet: press Train it here."
@@ -405,11 +416,10 @@ class Panel(ipywidgets.VBox):
 
     # --- training and report ---------------------------------------------------------------------------------------
 
-    def _train(self, values: dict, name: str, stale) -> Steps:
+    def _train(self, technique: Technique, name: str, stale) -> Steps:
         self._say("")
         self._find_baseline()
-        technique = self.kind(**values)
-        self._commit(values)
+        self._commit(technique)
         self._training = steps = []
         self._progress("training", "training …", stale)
 
@@ -428,16 +438,16 @@ class Panel(ipywidgets.VBox):
         point.steps = steps
         if steps and steps[-1].step < steps[-1].steps:
             point.note = f"stopped after {steps[-1].step:,} of {steps[-1].steps:,} steps"
-        self._points[tuple(technique.values().values())] = point
+        self._points[technique] = point
         yield
         self.point = point
         self._draw()
         yield from self._measure(point, name, stale)
 
-    def _report(self, values: dict, name: str, stale) -> Steps:
+    def _report(self, technique: Technique, name: str, stale) -> Steps:
         self._say("")
         self._find_baseline()
-        point = self._known(self.kind(**values))
+        point = self._known(technique)
         if point is None:
             self._progress("done", self._hint())
             return
@@ -469,13 +479,14 @@ class Panel(ipywidgets.VBox):
                 self.status.html = words.status(state, text, self.measurements)
 
     def _tick(self, state: str, text: str, stale) -> None:
-        """Draw progress, at most ten times a second; nothing of a job that became old."""
-        if time.monotonic() - self._drawn > FRAME and not stale():
+        """Draw progress, at most ten times a second, the figure less often; nothing of a job that became old."""
+        now = time.monotonic()
+        if now - self._drawn > FRAME and not stale():
             self._progress(state, text, stale)
-            self._draw()
+            self._draw(figure=now - self._figure_drawn > FIGURE_FRAME)
 
-    def _draw(self) -> None:
-        """Bring tiles, figure, sentences and table up to date."""
+    def _draw(self, figure: bool = True) -> None:
+        """Bring tiles, sentences, table and, unless told otherwise, the figure up to date."""
         with self._drawing:
             hint = self._hint()
             self.train_button.description = "Train it here" if self.kind.trains else "Fine-tune it here"
@@ -483,68 +494,19 @@ class Panel(ipywidgets.VBox):
             self.train_button.layout.display = "none" if self.train_button.disabled else None
             name, now, base, pinned = self.runtime.value, self.point, self.baseline, self.pinned
             self.tiles.html = words.tiles(now, base, pinned, name, self._gpu)
-            self._draw_figure(name)
+            if figure:
+                self._draw_figure(name)
+                self._figure_drawn = time.monotonic()
             self.words.html = words.in_words(now, base, name, hint)
             self.table.html = words.table(now, base, pinned)
             self._drawn = time.monotonic()
 
     def _draw_figure(self, name: str) -> None:
-        with self.figure.batch_update():
-            self._draw_tradeoff()
-            self._draw_layers()
-            self._draw_latency(name)
-            if self._can_train:
-                self._draw_training()
-
-    def _draw_tradeoff(self) -> None:
-        tried = [p for p in self._points.values() if p.hits is not None and p is not self.point]
+        tried = [p for p in self._points.values() if p is not self.point]
         groups = {"baseline": [self.baseline], "tried": tried, "pinned": [self.pinned], "now": [self.point]}
-        seen = []
-        for role, items in groups.items():
-            shown = [p for p in items if p is not None and p.hits is not None]
-            filled = plots.points([(p.title, p.size_bytes, p.accuracy) for p in shown], role)
-            errors = filled.pop("error_y")
-            self._traces[f"tradeoff-{role}"].update(**filled)
-            self._traces[f"tradeoff-{role}"].error_y.update(errors)
-            seen += shown
-        self._widen(seen)
-
-    def _widen(self, seen: list[Point]) -> None:
-        """Make room for points outside of the trade-off's axes; never take room away, so that nothing jumps."""
-        if not seen:
-            return
-        axes = self.figure.layout
-        low = axes.yaxis.range[0]
-        wanted = plots.accuracy_range([p.accuracy.percent for p in seen], low + 0.5)
-        if wanted[0] < low:
-            axes.yaxis.range = wanted
-        left, right = axes.xaxis.range
-        fits = plots.bytes_range(min(p.size_bytes for p in seen), max(p.size_bytes for p in seen))
-        if fits[0] < left or fits[1] > right:
-            axes.xaxis.range = [min(left, fits[0]), max(right, fits[1])]
-
-    def _draw_layers(self) -> None:
-        for role, point in (("baseline", self.baseline), ("now", self.point)):
-            for kind, text in (("bytes", plots.size_text), ("macs", plots.count_text)):
-                empty = dict.fromkeys([*self._layers, measure.OTHER], 0)
-                numbers = list((getattr(point, f"layer_{kind}") if point else empty).values())
-                self._traces[f"{kind}-{role}"].update(x=numbers, text=[text(v) for v in numbers])
-
-    def _draw_latency(self, name: str) -> None:
-        timing = self.point.timings.get(name) if self.point else None
-        pairs = {"baseline": timing and timing.baseline, "now": timing and timing.now}
-        samples = {role: list(latency.samples_ms[-200:]) if latency else [] for role, latency in pairs.items()}
-        for role, ms in samples.items():
-            self._traces[f"latency-{role}"].update(x=ms, y=[role] * len(ms), visible=bool(ms))
-        if any(samples.values()):
-            self.figure.layout.xaxis4.range = plots.latency_range(*samples.values())
-
-    def _draw_training(self) -> None:
         steps = self._training if self._training is not None else (self.point.steps if self.point else [])
-        for trace in plots.learning_traces(steps):
-            kind = "loss" if trace.name == "loss" else "accuracy"
-            self._traces[f"training-{kind}"].update(x=trace.x, y=trace.y)
-        if steps:
-            self.figure.update_layout(self._show_training)
-            self.figure.layout.xaxis5.range = [0, steps[-1].steps]
-            self.figure.layout.yaxis5.range = [0, 1.1 * max(step.loss for step in steps)]
+        with self.drawing.widget.batch_update():
+            self.drawing.show_points(groups)
+            self.drawing.show_layers(self.baseline, self.point)
+            self.drawing.show_latency(self.point.timings.get(name) if self.point else None)
+            self.drawing.show_training(steps, self.kind.trains)

@@ -87,6 +87,11 @@ def choice(label: str, options: list, value, help: str = "") -> ipywidgets.Dropd
     return drop.add_class("wb-choice")
 
 
+def row(kind: str, *parts: ipywidgets.Widget) -> ipywidgets.Box:
+    """Return the parts side by side, in rows as the page is wide; `kind` is its class."""
+    return ipywidgets.Box(parts).add_class("wb-row").add_class(kind)
+
+
 def button(label: str, tooltip: str, on_click, *, accent: bool = False, disabled: bool = False) -> ipywidgets.Button:
     """Return a push button that calls `on_click()`."""
     made = ipywidgets.Button(description=label, tooltip=tooltip, disabled=disabled)

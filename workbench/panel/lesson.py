@@ -526,7 +526,7 @@ def _set(panel: Panel, name: str, value) -> Condition:
     knob = panel.knobs[name]
 
     def look(point, _baseline):
-        shown = point.technique.values()[name]
+        shown = point.technique.values().get(name)  # another technique of the same panel may lack it
         return shown == value, f"{knob.label} {word(shown)}, wanted {word(value)}"
 
     return look

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 from html import escape
 
 from workbench.panel.measure import OTHER, Point, Timing, changed, difference
 from workbench.profiler import compare, environment
 from workbench.profiler.report import Difference
+from workbench.technique import Technique
 from workbench.weights import sparsity
 
 DASH = '<span class="wb-none">–</span>'
@@ -48,6 +50,26 @@ def source_link(source: str) -> str:
     link = r'<a href="https://{}\g<1>" target="_blank" rel="noopener">\g<0></a>'
     text = re.sub(r"arXiv:(\d{4}\.\d{4,5})", link.format("arxiv.org/abs/"), escape(source))
     return re.sub(r"doi:(10\.\d{4,}/\S+)", link.format("doi.org/"), text)
+
+
+def card(technique: type[Technique]) -> str:
+    """Return what a technique's module says of it: the idea, when it helps and when it does not, folded away."""
+    text = sys.modules[technique.__module__].__doc__ or technique.__doc__ or ""
+    parts = [" ".join(part.split()) for part in text.split("\n\n")]
+    said = {
+        head: part.removeprefix(f"{head}:").strip() for head in CARD for part in parts if part.startswith(f"{head}:")
+    }
+    if not said:
+        return ""
+    rows = "".join(f"<dt>{head}</dt><dd>{_code(body)}</dd>" for head, body in said.items())
+    return f"<details><summary>When it helps, and when it does not</summary><dl>{rows}</dl></details>"
+
+
+CARD = ("Idea", "Settings", "When it helps", "When it does not")
+
+
+def _code(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def clock(steps: list) -> str:

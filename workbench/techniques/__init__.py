@@ -1,8 +1,23 @@
 """One file a technique, grouped by family; `TECHNIQUES` lists them in the order of the notebooks."""
 
-from workbench.techniques.distillation import Distillation
-from workbench.techniques.low_rank import LowRank
-from workbench.techniques.pruning import ChannelPruning, MagnitudePruning
+from workbench.techniques.distillation import (
+    Distillation,
+    DistillationFeatures,
+    DistillationRelational,
+    SelfDistillation,
+)
+from workbench.techniques.finetuning import FineTune
+from workbench.techniques.low_rank import CPDecomposition, LoRA, LowRank, Tucker
+from workbench.techniques.pruning import (
+    ChannelPruning,
+    GradualPruning,
+    LayerDropping,
+    MagnitudePruning,
+    MovementPruning,
+    SemiStructuredPruning,
+    WandaPruning,
+    WeightDecayPruning,
+)
 from workbench.techniques.quantization import (
     AWQ,
     GPTQ,
@@ -15,11 +30,23 @@ from workbench.techniques.quantization import (
     Quantization,
     QuantizationAwareTraining,
 )
+from workbench.techniques.topology import DepthwiseSeparable, PointwiseConvolution
 
 TECHNIQUES = (
     LowRank,
+    Tucker,
+    CPDecomposition,
+    DepthwiseSeparable,
+    PointwiseConvolution,
+    LoRA,
     MagnitudePruning,
+    GradualPruning,
+    MovementPruning,
+    WeightDecayPruning,
+    WandaPruning,
+    SemiStructuredPruning,
     ChannelPruning,
+    LayerDropping,
     Quantization,
     AdaRound,
     GPTQ,
@@ -31,22 +58,9 @@ TECHNIQUES = (
     Float8,
     NormalFloat4,
     Distillation,
+    DistillationFeatures,
+    DistillationRelational,
+    SelfDistillation,
 )
 
-__all__ = [
-    "AWQ",
-    "GPTQ",
-    "TECHNIQUES",
-    "AdaRound",
-    "BFloat16",
-    "ChannelPruning",
-    "Distillation",
-    "Float8",
-    "Float16",
-    "LowRank",
-    "MagnitudePruning",
-    "MixedPrecision",
-    "NormalFloat4",
-    "Quantization",
-    "QuantizationAwareTraining",
-]
+__all__ = ["TECHNIQUES", "FineTune", *(technique.__name__ for technique in TECHNIQUES)]

@@ -49,3 +49,19 @@ def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
         return x.flatten(0, -2)
     shape = {"dilation": layer.dilation, "padding": layer.padding, "stride": layer.stride}
     return F.unfold(x, layer.kernel_size, **shape).transpose(1, 2).flatten(0, 1)
+
+
+def channel_moment(moment: Tensor, channels: int) -> Tensor:
+    """Return the second moment of the channels alone, (channels, channels): the mean over the places of the kernel.
+
+    `moment`: (channels · places, channels · places), as `second_moments` gives it.
+    """
+    places = len(moment) // channels
+    return moment.view(channels, places, channels, places).diagonal(dim1=1, dim2=3).mean(-1)
+
+
+def moment_root(moment: Tensor) -> Tensor:
+    """Return the lower triangle L with L·Lᵀ = `moment` (..., n, n), lifted a little so that it can be inverted."""
+    diagonal = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    ridge = 1e-4 * diagonal.clamp_min(1e-12)  # inputs that never occur must not divide by zero
+    return torch.linalg.cholesky(moment + ridge * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device))
