@@ -85,5 +85,5 @@ def zero_symbols(quantizer: weights.FakeQuantize, shape: tuple[int, ...]) -> np.
     """Return the symbol of zero: 0, or one for each of the weight's numbers."""
     if not quantizer.zero_point.any():
         return 0
-    zero = quantizer.along_weight(quantizer.zero_point.cpu(), len(shape))
+    zero = quantizer.along_weight(quantizer.zero_point.cpu(), shape)
     return zero.expand(shape).reshape(-1).numpy()

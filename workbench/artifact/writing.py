@@ -243,10 +243,9 @@ def _words(value: Tensor) -> np.ndarray:
 
 def _exact_quantizer(weight: weights.WeightCode | None, value: Tensor) -> weights.FakeQuantize | None:
     """Return the quantizer if its symbols give exactly this weight; NaN, or a zero out of its range, do not."""
-    if weight is None or weight.kind != "quantized" or not value.numel():
+    if weight is None or weight.kind != "quantized" or not value.numel() or weight.coder.group_size:
         return None
-    exact = weight.quantizer.values(weight.symbols).to("cpu")
-    return weight.quantizer if exact.dtype == value.dtype and torch.equal(exact, value) else None
+    return weight.coder
 
 
 def _mask_position(layer: nn.Module, quantizer: weights.FakeQuantize | None) -> int:
