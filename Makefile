@@ -9,7 +9,7 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_in
 PYTHON  ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python3.10,\
              $(shell $(name) -c '$(SUPPORTED)' 2>/dev/null && echo $(name))))
 
-.PHONY: help dashboard lab test check format bench glyphs train records clean
+.PHONY: help dashboard lab test check format bench glyphs train records headlines clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make glyphs      build the embedded data set again"
 	@echo "make train       train the shipped models again"
 	@echo "make records     measure the sweeps that the notebooks quote, where they are out of date"
+	@echo "make headlines   compress the LeNets as far as they go, where the files are missing (hours)"
 
 dashboard: $(VENV)/.installed
 	@$(BIN)/workbench dashboard $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -55,6 +56,9 @@ train: $(VENV)/.installed
 
 records: $(VENV)/.installed
 	$(BIN)/python scripts/make_records.py $(ARGS)
+
+headlines: $(VENV)/.installed
+	$(BIN)/python scripts/make_headlines.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

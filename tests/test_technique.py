@@ -71,6 +71,7 @@ def test_neutral_puts_every_setting_that_has_one_at_it():
 
 def test_title_is_the_class_name_in_words():
     assert wb.LowRank.title() == "Low rank" and wb.MagnitudePruning.title() == "Magnitude pruning"
+    assert wb.CPDecomposition.title() == "CP decomposition" and wb.LoRA.title() == "LoRA"
 
 
 def test_a_pipeline_applies_its_stages_in_order_and_leaves_the_model_alone():
@@ -80,6 +81,12 @@ def test_a_pipeline_applies_its_stages_in_order_and_leaves_the_model_alone():
     assert torch.allclose(small.weight, before * 0.1)
     assert torch.equal(model.weight, before)
     assert wb.Pipeline([Shrink.neutral()]).is_neutral and not wb.Pipeline([Shrink()]).is_neutral
+
+
+def test_a_technique_must_train_if_a_stage_or_a_setting_says_so():
+    prune, mended, train = wb.MagnitudePruning(), wb.MagnitudePruning(finetune=1), wb.FineTune()
+    assert [one.must_train for one in (prune, mended, train)] == [False, True, True]
+    assert wb.Pipeline([prune, mended]).must_train and not wb.Pipeline([prune]).must_train
 
 
 def test_an_empty_pipeline_returns_an_untouched_copy():

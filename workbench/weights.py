@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from workbench.surgery import weighted_layers
 
-MOST_LEVELS = 256  # of a codebook
+MOST_LEVELS = 257  # of a codebook: 256, and zero
 SMALLEST_SCALE = 2.0**-40  # what a learned scale cannot fall below
 FLOATS = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 NF4 = torch.tensor(  # quantiles of the normal distribution, as published in appendix E of QLoRA
@@ -228,7 +228,7 @@ class Cast(nn.Module):
 
     def _coded(self, weight: Tensor) -> Tensor:
         most = torch.finfo(self.dtype).max
-        return (weight / self.along_weight(weight.dim())).clamp(-most, most).to(self.dtype)
+        return (weight.float() / self.along_weight(weight.dim())).clamp(-most, most).to(self.dtype)
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
@@ -368,10 +368,14 @@ def _is_quantized(layer: nn.Module) -> bool:
 def _bake_layer(layer: nn.Module) -> None:
     with torch.no_grad():
         baked = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}
+    buffers = {name for name, stack in layer.parametrizations.items() if "original" in stack._buffers}
     layer.__class__ = type(layer).__bases__[0]
     del layer._modules["parametrizations"]
     for name, value in baked.items():
-        layer.register_parameter(name, nn.Parameter(value))
+        if name in buffers:
+            layer.register_buffer(name, value)
+        else:
+            layer.register_parameter(name, nn.Parameter(value))
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Visit:
     def __init__(self, page):
         self.requests, self.errors = [], []
         page.on("request", lambda request: self.requests.append(request.url))
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("pageerror", lambda error: self._complain(str(error)))
         page.on("console", lambda message: message.type == "error" and self._complain(message.text))
 
     def _complain(self, text):
@@ -56,7 +56,7 @@ class Visit:
 
         The widget comes up all the same; that its figure is drawn is looked at.
         """
-        if not text.startswith("[anywidget] Failed to initialize model"):
+        if "[anywidget] Failed to initialize model" not in text:
             self.errors.append(text)
 
     @property

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 import workbench as wb
-from workbench.techniques.low_rank.svd import _cut, _factors, kept_rank, second_moments, truncated_svd
+from workbench.techniques.low_rank.svd import budget_ranks, cut, energy_rank, factors_for, truncated_svd
+from workbench.techniques.moments import second_moments
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
@@ -83,12 +86,12 @@ def test_objective_outputs_reaches_the_least_error_of_outputs_that_there_is(rank
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(20, 16, bias=False).double()
     x = torch.randn(400, 20, generator=generator).double() @ torch.diag(torch.logspace(0, -2, 20).double())
-    kept = kept_rank(layer, rank)
+    kept = round(16 * rank)
     exact = layer.weight.detach() @ x.T
     least = torch.linalg.svdvals(exact)[kept:].square().sum()  # Eckart and Young, for the outputs themselves
 
     def error(moment):
-        left, right = _cut(_factors(layer.weight.detach(), moment), kept)
+        left, right = cut(factors_for(layer.weight.detach(), moment), kept)
         return (exact - left.double() @ right.double() @ x.T).square().sum()
 
     assert torch.isclose(error(x.T @ x / 400), least, rtol=0.02)
@@ -119,3 +122,66 @@ def test_factors_of_a_trained_network_keep_more_when_they_fit_its_outputs():
         for objective in ("outputs", "weights")
     }
     assert right["outputs"] > right["weights"] + 0.2
+
+
+@pytest.mark.parametrize("kept", [0.05, 0.5, 0.9, 0.999])
+def test_energy_keeps_the_fewest_singular_values_that_hold_it(kept):
+    values = torch.linalg.svdvals(torch.randn(30, 40, generator=torch.Generator().manual_seed(0)))
+    rank = energy_rank(values, kept)
+    held = values.square().cumsum(0) / values.square().sum()
+    assert held[rank - 1] >= kept and (rank == 1 or held[rank - 2] < kept)
+    assert energy_rank(torch.tensor([2.0, 0.0]), 1.0) == 1 and energy_rank(torch.zeros(3), 0.5) == 1
+
+
+def cost(ranks, shapes):
+    return sum(min(r * (m + n), m * n) for r, (m, n) in zip(ranks, shapes, strict=True))
+
+
+@pytest.mark.parametrize("budget", [60, 100, 160, 240])
+def test_a_budget_is_spent_as_well_as_any_choice_of_ranks_could(budget):
+    shapes = [(12, 8), (10, 10), (8, 12)]
+    weights = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+    values = [torch.linalg.svdvals(w * torch.logspace(0, -i, w.shape[1])) for i, w in enumerate(weights)]
+    held = lambda ranks: sum(
+        float(v[:r].square().sum() / v.square().sum()) if r * (m + n) < m * n else 1.0
+        for r, v, (m, n) in zip(ranks, values, shapes, strict=True)
+    )
+    ranks = budget_ranks(values, shapes, budget)
+    affordable = [r for r in itertools.product(range(1, 5), repeat=3) if cost(r, shapes) <= budget]  # 5 · 20 is m · n
+    assert cost(ranks, shapes) <= budget
+    assert held(ranks) >= max(map(held, affordable)) - 1e-9
+
+
+def test_a_larger_budget_never_lowers_a_rank_and_the_whole_one_keeps_all():
+    shapes = [(30, 20), (64, 9), (10, 40)]
+    values = [torch.linalg.svdvals(torch.randn(shape)) for shape in shapes]
+    whole = sum(m * n for m, n in shapes)
+    found = [budget_ranks(values, shapes, round(part * whole)) for part in (0.0, 0.1, 0.3, 0.5, 0.8, 1.0)]
+    assert found[0] == [1, 1, 1]
+    assert all(a <= b for low, high in itertools.pairwise(found) for a, b in zip(low, high, strict=True))
+    assert cost(found[-1], shapes) == whole
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.6])
+def test_a_budget_holds_for_the_weights_of_the_model(kept):
+    model = nn.Sequential(nn.Conv2d(8, 32, 3), nn.Linear(60, 90), nn.Linear(90, 30))
+    small = wb.LowRank(choose="budget", kept=kept).compress(model)
+    count = lambda net: sum(p.numel() for p in net.parameters() if p.dim() > 1)
+    assert 0.8 * kept * count(model) < count(small) <= kept * count(model)
+
+
+@pytest.mark.parametrize("choose", ["energy", "budget"])
+def test_all_kept_changes_nothing(choose):
+    technique = wb.LowRank(choose=choose, kept=1.0)
+    model = nn.Sequential(nn.Linear(20, 20))
+    assert technique.is_neutral and not wb.LowRank(choose=choose).is_neutral
+    assert torch.equal(technique.compress(model)[0].weight, model[0].weight)
+
+
+def test_at_the_same_size_a_budget_keeps_more_answers_right_than_one_fraction():
+    glyphs, model = wb.load_data("glyphs"), wb.load_model("glyphs-cnn")
+    images = glyphs.val.take(500)
+    fraction = wb.LowRank(rank=0.25).compress(model, glyphs)
+    budget = wb.LowRank(choose="budget", kept=0.28).compress(model, glyphs)
+    assert len(wb.encode(budget)) <= len(wb.encode(fraction))
+    assert wb.evaluate(budget, images).value > wb.evaluate(fraction, images).value + 0.05

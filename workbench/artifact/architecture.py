@@ -22,10 +22,11 @@ from torch.nn.utils import parametrize
 
 from workbench import weights
 from workbench.artifact.format import ArtifactError
-from workbench.models import build
-from workbench.surgery import clone
+from workbench.models import MODELS, build
+from workbench.surgery import Parallel, clone, model_class
 
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, Parallel)
+MAY_STAND_IN = ("Sequential", "Parallel", "Identity")  # what compression puts where a layer was
 # fmt: off
 BUILDABLE = {kind.__name__: kind for kind in (
     *CONTAINERS,
@@ -101,11 +102,6 @@ def _shape(layer: nn.Module, name: str) -> torch.Size:
         if hasattr(stack, "original") and not stack.unsafe:
             return stack.original.shape
     return getattr(layer, name).shape
-
-
-def model_class(layer: nn.Module) -> type:
-    """Return the class of a layer as it was before something was stacked on its weight."""
-    return type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
 
 
 # --- writing the table ----------------------------------------------------------------------------------------------
@@ -199,6 +195,17 @@ def _base_table(architecture: str) -> Table:
 def base_table(architecture: dict[str, Any]) -> Table:
     """Return the table of `models.build(**architecture)`."""
     return _base_table(json.dumps(architecture, sort_keys=True))
+
+
+def shortened(architecture: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `models.build` without those that say what it does anyway; `completed` undoes it."""
+    usual = completed({"name": architecture["name"]})
+    return {key: value for key, value in architecture.items() if key == "name" or usual.get(key, usual) != value}
+
+
+def completed(architecture: dict[str, Any]) -> dict[str, Any]:
+    """Return all arguments of `models.build` that a model remembers, those left out as it takes them."""
+    return {"name": architecture["name"], "width": 1.0, "classes": MODELS[architecture["name"]].classes, **architecture}
 
 
 def fingerprint(table: Table) -> int:
@@ -300,7 +307,7 @@ def _share(model: nn.Module, name: str, first: str) -> None:
 
 
 def _check_replaceable(model: nn.Module | None, name: str, have: nn.Module | None, spec: Spec) -> None:
-    """Let a layer change its size, or become Sequential or Identity; other changes mean another architecture."""
+    """Let a layer change its size, or become one of MAY_STAND_IN; other changes mean another architecture."""
     if model is None:
         return
     where = f"layer {name!r}" if name else "the model itself"
@@ -309,7 +316,8 @@ def _check_replaceable(model: nn.Module | None, name: str, have: nn.Module | Non
             raise ArtifactError(f"{where} ({_words(spec)}) is in the file but not in the given model; {_ADVICE}")
         return
     old = layer_spec(have)
-    if "own" in (old[0], spec[0]) or spec[0] not in (old[0], "Sequential", "Identity"):
+    dropped = bool(name) and spec == ["Identity"]  # a block that was taken out whole
+    if not dropped and ("own" in (old[0], spec[0]) or spec[0] not in (old[0], *MAY_STAND_IN)):
         raise ArtifactError(f"{where} is {_words(spec)} in the file but {_words(old)} in the given model; {_ADVICE}")
 
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from workbench.panel.board import Panel
-from workbench.technique import Technique
+from workbench.panel.board import Offer, Panel
+from workbench.panel.pipeline import PipelinePanel
+from workbench.technique import Pipeline
 
 
-def panel(technique: type[Technique] | Technique, model: nn.Module, data: Any, **options) -> Panel:
-    """Return the panel of `technique` on `model`; `options` as for `Panel`."""
+def panel(technique: Offer | Sequence[Offer], model: nn.Module, data: Any, **options) -> Panel:
+    """Return the panel of a technique, of several to choose from, or of a pipeline's stages on `model`.
+
+    `options` as for `Panel`, and for a pipeline as for `PipelinePanel`.
+    """
+    if isinstance(technique, Pipeline):
+        return PipelinePanel(technique.stages, model, data, **options)
     return Panel(technique, model, data, **options)
 
 
@@ -25,4 +32,4 @@ class _Callable(ModuleType):
 
 sys.modules[__name__].__class__ = _Callable
 
-__all__ = ["Panel", "panel"]
+__all__ = ["Panel", "PipelinePanel", "panel"]

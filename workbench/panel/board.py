@@ -121,7 +121,9 @@ class Panel(ipywidgets.VBox):
 
     def _take(self, kind: type[Technique]) -> None:
         """Put the controls of one technique on the page, at the values where it starts."""
-        start = self._starts[kind]
+        self._show_controls(kind, self._starts[kind])
+
+    def _show_controls(self, kind: type[Technique], start: dict) -> None:
         with self._lock:
             self.kind = kind
             self.knobs = {knob.name: knob for knob in kind.settings()}
@@ -245,11 +247,13 @@ class Panel(ipywidgets.VBox):
                 self._history = [*self._history[: self._at + 1], technique]
                 self._at += 1
             self._show_history()
-        said = {name: controls.word(value) for name, value in technique.values().items()}
-        if len(self._starts) > 1:
-            said = {"technique": type(technique).__name__, **said}
         with self.address.hold_sync():
-            self.address.settings, self.address.code = said, f"wb.{technique}"
+            self.address.settings, self.address.code = self._said(technique), words.code(technique)
+
+    def _said(self, technique: Technique) -> dict[str, str]:
+        """Return what the page's address says of a technique."""
+        said = {name: controls.word(value) for name, value in technique.values().items()}
+        return {"technique": type(technique).__name__, **said} if len(self._starts) > 1 else said
 
     def _show_history(self) -> None:
         self.undo_button.disabled = self._at == 0
@@ -271,6 +275,9 @@ class Panel(ipywidgets.VBox):
             self._at = min(max(self._at + by, 0), len(self._history) - 1)
             self._show_history()
             technique = self._history[self._at]
+        self._restore(technique)
+
+    def _restore(self, technique: Technique) -> None:
         self.choose(type(technique))
         self.set(**technique.values())
 
@@ -351,12 +358,19 @@ class Panel(ipywidgets.VBox):
     def _known(self, technique: Technique) -> Point | None:
         """Return the point of these settings: known, shipped, or compressed now; None if it must be trained first."""
         if technique not in self._points:
-            must_train = technique.trains or bool(technique.values().get("finetune"))
-            model = technique.recall(self.model) if must_train else technique.compress(self.model, self.data)
+            model = technique.recall(self.model) if technique.must_train else self._compress(technique)
             if model is None:
-                return None if technique.trains else self._known(replace(technique, finetune=0))
+                untrained = self._without_training(technique)
+                return untrained and self._known(untrained)
             self._points[technique] = self._weigh(self._title(technique), technique, model)
         return self._points[technique]
+
+    def _compress(self, technique: Technique, watch=None) -> nn.Module:
+        return technique.compress(self.model, self.data, watch)
+
+    def _without_training(self, technique: Technique) -> Technique | None:
+        """Return what can be shown before the training that the settings ask for; None if that is nothing."""
+        return None if technique.trains else replace(technique, finetune=0)
 
     def _title(self, technique: Technique) -> str:
         """Name the settings that say something: numbers with an effect, and choices other than the default."""
@@ -408,11 +422,15 @@ class Panel(ipywidgets.VBox):
         if self._training is not None:
             return "Training with these settings; Stop keeps the model so far."
         technique = self.technique
-        if not (technique.trains or technique.values().get("finetune")) or technique in self._points:
+        if not technique.must_train or technique in self._points:
             return ""
-        if technique.trains:
+        if self._without_training(technique) is None:
             return "Not trained here yet: press Train it here."
-        return "Shown before fine-tuning: press Fine-tune it here."
+        return f"Shown before its training: press {self._train_label}."
+
+    @property
+    def _train_label(self) -> str:
+        return "Train it here" if self.kind.trains else "Fine-tune it here"
 
     # --- training and report ---------------------------------------------------------------------------------------
 
@@ -424,6 +442,8 @@ class Panel(ipywidgets.VBox):
         self._progress("training", "training …", stale)
 
         def watch(step):
+            if steps and step.step <= steps[-1].step:  # another training began
+                steps.clear()
             steps.append(step)
             self._tick("training", f"training … step {step.step:,}/{step.steps:,}, {words.clock(steps)}", stale)
             give_way()
@@ -431,7 +451,7 @@ class Panel(ipywidgets.VBox):
 
         yield
         try:
-            model = technique.compress(self.model, self.data, watch)
+            model = self._compress(technique, watch)
         finally:
             self._training = None
         point = self._weigh(self._title(technique), technique, model)
@@ -489,7 +509,7 @@ class Panel(ipywidgets.VBox):
         """Bring tiles, sentences, table and, unless told otherwise, the figure up to date."""
         with self._drawing:
             hint = self._hint()
-            self.train_button.description = "Train it here" if self.kind.trains else "Fine-tune it here"
+            self.train_button.description = self._train_label
             self.train_button.disabled = not hint or self._training is not None
             self.train_button.layout.display = "none" if self.train_button.disabled else None
             name, now, base, pinned = self.runtime.value, self.point, self.baseline, self.pinned

@@ -10,7 +10,7 @@ from html import escape
 from workbench.panel.measure import OTHER, Point, Timing, changed, difference
 from workbench.profiler import compare, environment
 from workbench.profiler.report import Difference
-from workbench.technique import Technique
+from workbench.technique import Pipeline, Technique
 from workbench.weights import sparsity
 
 DASH = '<span class="wb-none">–</span>'
@@ -50,6 +50,13 @@ def source_link(source: str) -> str:
     link = r'<a href="https://{}\g<1>" target="_blank" rel="noopener">\g<0></a>'
     text = re.sub(r"arXiv:(\d{4}\.\d{4,5})", link.format("arxiv.org/abs/"), escape(source))
     return re.sub(r"doi:(10\.\d{4,}/\S+)", link.format("doi.org/"), text)
+
+
+def code(technique: Technique) -> str:
+    """Return a line of Python that makes the technique."""
+    if isinstance(technique, Pipeline):
+        return f"wb.Pipeline([{', '.join(map(code, technique.stages))}])"
+    return f"wb.{type(technique).__name__}({', '.join(f'{k}={v!r}' for k, v in technique.values().items())})"
 
 
 def card(technique: type[Technique]) -> str:

@@ -1,15 +1,17 @@
 """Operations on the structure of a model: copy it, replace its layers, follow its channels."""
 
 from workbench.surgery.channels import ChannelTrace, TracingError, channel_groups, cut_channels, trace_channels
-from workbench.surgery.layers import clone, layer_at, remembered, replace_layer, weighted_layers
+from workbench.surgery.layers import Parallel, clone, layer_at, model_class, remembered, replace_layer, weighted_layers
 
 __all__ = [
     "ChannelTrace",
+    "Parallel",
     "TracingError",
     "channel_groups",
     "clone",
     "cut_channels",
     "layer_at",
+    "model_class",
     "remembered",
     "replace_layer",
     "trace_channels",

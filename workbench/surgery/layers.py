@@ -7,15 +7,28 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 T = TypeVar("T")
 _REMEMBERED: WeakKeyDictionary[nn.Module, dict[Any, tuple[tuple, Any]]] = WeakKeyDictionary()
 
 
+class Parallel(nn.Sequential):
+    """Layers side by side: each gets the same input, and their outputs are added."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(layer(x) for layer in self)
+
+
 def clone(model: nn.Module) -> nn.Module:
     """Return a deep copy in eval mode that shares no memory with `model`."""
     return copy.deepcopy(model).eval()
+
+
+def model_class(layer: nn.Module) -> type:
+    """Return the class of a layer as it was before something was stacked on its weight."""
+    return type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
 
 
 def weighted_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

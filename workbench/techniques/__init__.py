@@ -1,10 +1,70 @@
 """One file a technique, grouped by family; `TECHNIQUES` lists them in the order of the notebooks."""
 
-from workbench.techniques.distillation import Distillation
-from workbench.techniques.low_rank import LowRank
-from workbench.techniques.pruning import ChannelPruning, MagnitudePruning
-from workbench.techniques.quantization import Quantization
+from workbench.techniques.clustering import WeightClustering
+from workbench.techniques.coding import EntropyAwareTraining
+from workbench.techniques.distillation import (
+    Distillation,
+    DistillationFeatures,
+    DistillationRelational,
+    SelfDistillation,
+)
+from workbench.techniques.finetuning import FineTune
+from workbench.techniques.low_rank import CPDecomposition, LoRA, LowRank, Tucker
+from workbench.techniques.pruning import (
+    ChannelPruning,
+    GradualPruning,
+    LayerDropping,
+    MagnitudePruning,
+    MovementPruning,
+    SemiStructuredPruning,
+    WandaPruning,
+    WeightDecayPruning,
+)
+from workbench.techniques.quantization import (
+    AWQ,
+    GPTQ,
+    AdaRound,
+    BFloat16,
+    Float8,
+    Float16,
+    MixedPrecision,
+    NormalFloat4,
+    Quantization,
+    QuantizationAwareTraining,
+)
+from workbench.techniques.topology import DepthwiseSeparable, PointwiseConvolution
 
-TECHNIQUES = (LowRank, MagnitudePruning, ChannelPruning, Quantization, Distillation)
+TECHNIQUES = (
+    LowRank,
+    Tucker,
+    CPDecomposition,
+    DepthwiseSeparable,
+    PointwiseConvolution,
+    LoRA,
+    MagnitudePruning,
+    GradualPruning,
+    MovementPruning,
+    WeightDecayPruning,
+    WandaPruning,
+    SemiStructuredPruning,
+    ChannelPruning,
+    LayerDropping,
+    WeightClustering,
+    Quantization,
+    AdaRound,
+    GPTQ,
+    AWQ,
+    QuantizationAwareTraining,
+    MixedPrecision,
+    Float16,
+    BFloat16,
+    Float8,
+    NormalFloat4,
+    Distillation,
+    DistillationFeatures,
+    DistillationRelational,
+    SelfDistillation,
+    EntropyAwareTraining,
+)
 
-__all__ = ["TECHNIQUES", "ChannelPruning", "Distillation", "LowRank", "MagnitudePruning", "Quantization"]
+__all__ = ["TECHNIQUES", "FineTune", *(technique.__name__ for technique in TECHNIQUES)]
