@@ -43,7 +43,7 @@ def train(technique: wb.Distillation, teacher, data) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rounded = Path(folder) / "half.safetensors"
         save_weights(student.half(), rounded, {})
-        counted = wb.evaluate(load_weights(technique.student(teacher), rounded), data.val)
+        counted = wb.evaluate(load_weights(technique.untrained(teacher), rounded), data.val)
     note = {"teacher": fingerprint(teacher), "settings": technique.values(), "data": data.name}
     note["validation"] = [counted.correct, counted.total]
     save_weights(student, technique.shipped_path(teacher), note)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from workbench.surgery import TracingError, channel_groups, cut_channels, trace_channels
 from workbench.surgery.channels import tracing
-from workbench.weights import FakeQuantize, Mask, attach_input_quantizer, parametrize_weight
+from workbench.weights import Codebook, FakeQuantize, Mask, attach_input_quantizer, parametrize_weight
 
 torch.set_num_threads(1)
 
@@ -256,6 +256,20 @@ def test_masks_and_quantizers_are_cut_with_their_weight():
     assert torch.equal(small(x), expected(x))
     mask, quantizer = small[1][0].parametrizations.weight
     assert mask.mask.shape == small[1][0].weight.shape and len(quantizer.scale) == small[1][0].out_channels
+
+
+def test_codebooks_are_cut_with_their_weight_and_rounding_in_groups_keeps_its_channels():
+    model, x = build("vgg")
+    model, x = model.float(), x.float()
+    layer = model[1][0]
+    book = Codebook(torch.tensor([-0.1, 0.0, 0.1, 0.2]), torch.randint(0, 4, layer.weight.shape))
+    parametrize_weight(layer, book)
+    small = cut_channels(copy.deepcopy(model), random_cuts(channel_groups(model, x)))
+    assert small(x).shape == model(x).shape and small[1][0].out_channels < layer.out_channels
+    assert torch.equal(small[1][0].parametrizations.weight[0].levels, book.levels)
+    scale = torch.full((layer.out_channels, layer.in_channels * 9 // 4), 0.01)
+    parametrize_weight(layer, FakeQuantize(scale, torch.zeros_like(scale), 8, 0, group_size=4))
+    assert "1.0" not in {member.layer for group in channel_groups(model, x) for member in group.members}
 
 
 def test_an_input_quantizer_stays():

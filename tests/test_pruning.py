@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from workbench.techniques.pruning import ChannelPruning, MagnitudePruning, magnitude_mask
-from workbench.techniques.pruning.channel import channel_importance, global_sparsities, kept_count, strongest
+from workbench.techniques.pruning.channel import global_sparsities, kept_count, strongest
+from workbench.techniques.pruning.criteria import channel_importance
 from workbench.techniques.pruning.magnitude import global_magnitude_mask
 from workbench.techniques.repair import recalibrate
 from workbench.weights import FakeQuantize, Mask, parametrize_weight, sparsity, weight_parametrizations

@@ -83,6 +83,12 @@ def test_a_pipeline_applies_its_stages_in_order_and_leaves_the_model_alone():
     assert wb.Pipeline([Shrink.neutral()]).is_neutral and not wb.Pipeline([Shrink()]).is_neutral
 
 
+def test_a_technique_must_train_if_a_stage_or_a_setting_says_so():
+    prune, mended, train = wb.MagnitudePruning(), wb.MagnitudePruning(finetune=1), wb.FineTune()
+    assert [one.must_train for one in (prune, mended, train)] == [False, True, True]
+    assert wb.Pipeline([prune, mended]).must_train and not wb.Pipeline([prune]).must_train
+
+
 def test_an_empty_pipeline_returns_an_untouched_copy():
     model = nn.Linear(2, 2)
     copy = wb.Pipeline([]).compress(model)

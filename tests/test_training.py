@@ -111,3 +111,31 @@ def test_a_teacher_is_followed_and_never_trained(data):
     student = small_model()
     list(islice(wb.fit(student, data, epochs=1, teacher=teacher), 2))
     assert equal(teacher, before) and not teacher.training
+
+
+def test_a_callback_hears_every_step_when_gradients_are_there(data):
+    model, heard = small_model(), []
+    list(
+        wb.fit(model, data, epochs=2, each_step=lambda *numbers: heard.append((*numbers, model.classifier.weight.grad)))
+    )
+    assert [number for number, _, _ in heard] == list(range(1, 11)) and {total for _, total, _ in heard} == {10}
+    assert all(gradient is not None for _, _, gradient in heard)
+
+
+def test_a_callback_can_make_the_best_so_far_forgotten(data):
+    model = small_model()
+
+    def ruin(number, _):
+        if number == 10:  # the last step: what was better before must not come back
+            with torch.no_grad():
+                model.classifier.weight.zero_()
+        return number == 10
+
+    list(wb.fit(model, data, epochs=2, learning_rate=1e-4, each_step=ruin))
+    assert model.classifier.weight.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3, 4, 5])
+def test_the_shortest_trainings_run(data, batches):
+    short = replace(data, train=data.train.take(8 * batches))
+    assert [step.steps for step in wb.fit(small_model(), short, epochs=1, batch_size=8)][-1] == batches

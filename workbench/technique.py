@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from workbench.invariants import Invariants
 
 ABSENT: Any = object()  # marks a setting without a value that changes nothing
 Watch = Callable[[Any], "bool | None"]
@@ -140,6 +142,11 @@ class Technique:
         knobs = [knob for knob in self.settings() if knob.has_neutral]
         return bool(knobs) and all(getattr(self, knob.name) == knob.neutral for knob in knobs)
 
+    @property
+    def must_train(self) -> bool:
+        """True when these settings train: the technique always does, or some epochs of fine-tuning are asked for."""
+        return self.trains or bool(self.values().get("finetune"))
+
     def values(self) -> dict[str, Any]:
         """Return the settings as a plain dictionary that JSON can hold."""
         return {knob.name: getattr(self, knob.name) for knob in self.settings()}
@@ -157,7 +164,27 @@ class Technique:
 
     def recall(self, model: nn.Module) -> nn.Module | None:
         """Return a result shipped for exactly this model and these settings, or None."""
+        from workbench.results import recall
+
+        return recall(self, model)
+
+    def control(self) -> Technique | None:
+        """Return what trains as long and the same way without a teacher, or None where no teacher takes part."""
         return None
+
+    def within(self, original: nn.Module) -> Technique:
+        """Return this technique as a stage of a pipeline that was given `original`: it may learn from it."""
+        return self
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What one stage of a pipeline left: its model, what holds of it, and what it broke of earlier stages, in words."""
+
+    stage: Technique
+    model: nn.Module
+    invariants: Invariants
+    broken: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -178,6 +205,10 @@ class Pipeline(Technique):
     def is_neutral(self) -> bool:
         return all(stage.is_neutral for stage in self.stages)
 
+    @property
+    def must_train(self) -> bool:
+        return any(stage.must_train for stage in self.stages)
+
     def values(self) -> dict[str, Any]:
         return {"stages": [{"technique": type(s).__name__, **s.values()} for s in self.stages]}
 
@@ -186,7 +217,29 @@ class Pipeline(Technique):
 
     def compress(self, model, data=None, watch=None):
         """Return the model after all stages; an empty pipeline returns an untouched copy."""
-        model = copy.deepcopy(model).eval()
+        small = copy.deepcopy(model).eval()
+        for _, small in self._compressed(model, data, watch):  # noqa: B007
+            pass
+        return small
+
+    def run(self, model: nn.Module, data: Any = None, watch: Watch | None = None) -> Iterator[StageReport]:
+        """Yield a report after each stage: the same models as `compress`, and what each stage broke of earlier ones.
+
+        A stage keeps what those before it made: zeros stay zero, codebooks stay small, layers do not grow again.
+        """
+        from workbench.invariants import Invariants, Promises
+
+        before, promises = Invariants.of(model), Promises()
+        for stage, small in self._compressed(model, data, watch):
+            after = Invariants.of(small)
+            broken = promises.broken_by(stage.title(), after)
+            promises.add(stage.title(), before, after)
+            yield StageReport(stage, small, after, tuple(broken))
+            before = after
+
+    def _compressed(self, model, data, watch) -> Iterator[tuple[Technique, nn.Module]]:
+        """Yield each stage and the model that it returns."""
+        small = model
         for stage in self.stages:
-            model = stage.compress(model, data, watch)
-        return model
+            small = stage.within(model).compress(small, data, watch)
+            yield stage, small

@@ -7,7 +7,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from workbench.data import Data, Split
 
 Z_95 = 1.959963984540054
+Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, images, labels) -> the loss of a batch
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,13 @@ class _State:
     epoch: int = 0
     best: Accuracy | None = None
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
+    each_step: Callable[[int, int], bool | None] | None = None
+
+    def tell_step(self) -> None:
+        """Call `each_step`, and forget the best weights if it says that the model has become another one."""
+        if self.each_step and self.each_step(self.schedule.last_epoch + 1, self.steps):
+            self.best, self.best_weights = None, {}
 
     def keep_if_best(self, accuracy: Accuracy) -> None:
         if self.best is None or accuracy.value >= self.best.value:
@@ -203,6 +211,22 @@ def distillation_loss(
     return (1 - soft_weight) * hard + soft_weight * temperature**2 * soft
 
 
+def soft_objective(teacher: nn.Module, temperature: float, soft_weight: float) -> Objective:
+    """Return the loss of a student that learns from `teacher` too; see `distillation_loss`."""
+    teacher.eval()
+
+    def objective(model, images, labels):
+        with torch.no_grad():
+            answers = teacher(images).float()
+        return distillation_loss(model(images).float(), answers, labels, temperature, soft_weight)
+
+    return objective
+
+
+def _label_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(model(images).float(), labels)
+
+
 def fit(
     model: nn.Module,
     data: Data,
@@ -218,25 +242,33 @@ def fit(
     temperature: float = 4.0,
     soft_weight: float = 0.9,
     checkpoint: Path | None = None,
+    objective: Objective | None = None,
+    each_step: Callable[[int, int], bool | None] | None = None,
 ) -> Iterator[Step]:
     """Train `model` in place (AdamW, one cycle) and yield a `Step` each few batches.
 
     Validation accuracy is counted `validations` times an epoch. When the iterator ends or is closed, the model holds
     the best weights so far, in eval mode. With `checkpoint`, each epoch is saved there and a later call goes on from
-    it. With `teacher`, the loss is `distillation_loss`. The same seed gives the same result on the same machine.
+    it. With `teacher`, the loss is `distillation_loss`; `objective` is any other loss, of a model and a batch. The same
+    seed gives the same result on the same machine.
+    `each_step(number, steps)` is called in every step, number 1 first, when the gradients are there and the weights
+    have not moved yet; it may change the model, and returning True makes `fit` forget what was best before.
     """
     per_epoch = math.ceil(len(data.train) / batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=max(2, epochs * per_epoch), pct_start=0.25
-    )
-    state = _State(model, optimizer, schedule)
+        optimizer, learning_rate, total_steps=max(5, epochs * per_epoch), pct_start=0.25
+    )  # torch divides by zero where a quarter of the steps is exactly one
+    state = _State(model, optimizer, schedule, steps=epochs * per_epoch, each_step=each_step)
     if checkpoint and checkpoint.is_file():
         state.load(checkpoint, per_epoch)
-    soft = None if teacher is None else (teacher.eval(), temperature, soft_weight)
+    if objective is None:
+        objective = _label_loss if teacher is None else soft_objective(teacher, temperature, soft_weight)
     try:
         while state.epoch < epochs:
-            yield from _epoch(state, data, epochs * per_epoch, per_epoch, batch_size, seed, augment, validations, soft)
+            yield from _epoch(
+                state, data, epochs * per_epoch, per_epoch, batch_size, seed, augment, validations, objective
+            )
             state.epoch += 1
             if checkpoint:
                 state.save(checkpoint)
@@ -244,7 +276,7 @@ def fit(
         state.restore_best()
 
 
-def _epoch(state, data, steps, per_epoch, batch_size, seed, augment, validations, soft) -> Iterator[Step]:
+def _epoch(state, data, steps, per_epoch, batch_size, seed, augment, validations, objective) -> Iterator[Step]:
     """Train through all images once, yielding about twenty steps and `validations` accuracies."""
     generator = torch.Generator().manual_seed(seed * 100_003 + state.epoch)
     report, validate = max(1, per_epoch // 20), max(1, per_epoch // validations)
@@ -252,7 +284,7 @@ def _epoch(state, data, steps, per_epoch, batch_size, seed, augment, validations
     batches = data.train.batches(batch_size, seed=seed * 100_003 + state.epoch)
     for number, (images, labels) in enumerate(batches, 1):
         images = jitter(images, generator) if augment else images
-        total += _update(state, images.contiguous(memory_format=torch.channels_last), labels, soft)
+        total += _update(state, images.contiguous(memory_format=torch.channels_last), labels, objective)
         counted += 1
         last = number == per_epoch
         accuracy = None
@@ -265,20 +297,14 @@ def _epoch(state, data, steps, per_epoch, batch_size, seed, augment, validations
             total, counted = 0.0, 0
 
 
-def _update(state: _State, images: Tensor, labels: Tensor, soft) -> float:
+def _update(state: _State, images: Tensor, labels: Tensor, objective: Objective) -> float:
     """Take one optimizer step and return the loss."""
     state.model.train()
     with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
-        logits = state.model(images).float()
-        if soft is None:
-            loss = F.cross_entropy(logits, labels)
-        else:
-            teacher, temperature, soft_weight = soft
-            with torch.no_grad():
-                wisdom = teacher(images).float()
-            loss = distillation_loss(logits, wisdom, labels, temperature, soft_weight)
+        loss = objective(state.model, images, labels)
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    state.tell_step()
     state.optimizer.step()
     state.schedule.step()
     return loss.item()

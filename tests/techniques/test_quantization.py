@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from itertools import pairwise, product
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import entropy
 from torch import nn
 
 import workbench as wb
+from workbench.techniques.quantization import calibration as calibration_module
 from workbench.techniques.quantization import weight_quantizer
-from workbench.techniques.quantization.calibration import METHODS
-from workbench.weights import FakeQuantize, InputQuantizer, describe
+from workbench.techniques.quantization.calibration import METHODS, entropy_threshold, input_range, input_samples
+from workbench.weights import Codebook, FakeQuantize, InputQuantizer, describe, parametrize_weight
 
-CHOICES = list(product((2, 3, 4, 8), ("channel", "tensor"), ("symmetric", "asymmetric"), METHODS))
+CHOICES = list(product((2, 3, 4, 8), ("channel", "tensor", "group"), ("symmetric", "asymmetric"), METHODS))
 
 
 def weight_of(seed=0, shape=(6, 5, 3, 3)):
@@ -108,3 +111,64 @@ def test_gradients_pass_straight_through_inside_the_range():
     quantizer = FakeQuantize(torch.tensor(0.1), torch.tensor(0), 4, None)
     quantizer(weight).sum().backward()
     assert weight.grad.tolist() == [[1.0, 1.0, 0.0]]
+
+
+def test_small_groups_have_less_error_than_channels():
+    weight = weight_of(shape=(4, 256))
+    error = lambda *how: (weight_quantizer(weight, 4, *how)(weight) - weight).square().mean()
+    assert error("group", "symmetric", "mse", 16) < error("group", "symmetric", "mse", 64) < error("channel")
+
+
+def test_a_group_as_long_as_the_channel_is_the_channel():
+    weight = weight_of(shape=(4, 60))
+    group, channel = weight_quantizer(weight, 4, "group", group_size=60), weight_quantizer(weight, 4, "channel")
+    assert torch.equal(group(weight), channel(weight))
+
+
+def slow_entropy_threshold(values, levels, bins=2048, step=256):
+    """The published pseudo-code (Migacz, 2017), number by number."""
+    counts, edges = numpy.histogram(values, bins, (0, values.max()))
+    best, least = None, numpy.inf
+    for i in range(levels, bins + 1, step):
+        p = counts[:i].astype(float)
+        p[-1] += counts[i:].sum()
+        q = numpy.zeros(i)
+        where = [[j for j in range(i) if j * levels // i == level] for level in range(levels)]
+        for places in where:
+            filled = [j for j in places if p[j] > 0]
+            for j in filled:
+                q[j] = max(counts[places].sum() / len(filled), 1e-4)
+        divergence = entropy(p, q)
+        if divergence <= least:
+            best, least = i, divergence
+    return edges[best]
+
+
+def test_entropy_threshold_equals_the_slow_reference(monkeypatch):
+    monkeypatch.setattr(calibration_module, "BIN_STEP", 256)
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(0)).abs() ** 3
+    assert entropy_threshold(values, 256) == pytest.approx(slow_entropy_threshold(values.numpy(), 256), rel=0.01)
+
+
+def test_entropy_calibration_cuts_a_long_tail_and_keeps_a_uniform_range():
+    model, generator = nn.Sequential(nn.Linear(4, 2)), torch.Generator().manual_seed(0)
+    even = torch.rand(10_000, 4, generator=generator)
+    tail = torch.randn(10_000, 4, generator=generator)
+    tail[0, 0] = 1000.0
+    high = lambda x: float(input_range(input_samples(model, x)["0"], "kl", 0, 255)[1])
+    assert high(even) > 0.95 and high(tail) < 500
+
+
+def test_a_codebook_keeps_its_number_of_levels():
+    layer = nn.Linear(8, 6)
+    parametrize_weight(layer, Codebook(torch.tensor([-0.5, 0.0, 0.3, 0.7]), torch.randint(0, 4, (6, 8))))
+    small = wb.Quantization(weight_bits=8, activation_bits=32).compress(nn.Sequential(layer))
+    assert len(small[0].weight.unique()) <= 4 and (small[0].weight[layer.weight == 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_is_handled_or_refused_in_words(dtype):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).to(dtype)
+    x = torch.randn(8, 4).to(dtype)
+    small = wb.Quantization().compress(model, x)
+    assert small(x).dtype == dtype and torch.isfinite(small(x)).all()

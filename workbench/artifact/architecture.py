@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from workbench import weights
 from workbench.artifact.format import ArtifactError
-from workbench.models import build
+from workbench.models import MODELS, build
 from workbench.surgery import Parallel, clone, model_class
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, Parallel)
@@ -197,6 +197,17 @@ def base_table(architecture: dict[str, Any]) -> Table:
     return _base_table(json.dumps(architecture, sort_keys=True))
 
 
+def shortened(architecture: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `models.build` without those that say what it does anyway; `completed` undoes it."""
+    usual = completed({"name": architecture["name"]})
+    return {key: value for key, value in architecture.items() if key == "name" or usual.get(key, usual) != value}
+
+
+def completed(architecture: dict[str, Any]) -> dict[str, Any]:
+    """Return all arguments of `models.build` that a model remembers, those left out as it takes them."""
+    return {"name": architecture["name"], "width": 1.0, "classes": MODELS[architecture["name"]].classes, **architecture}
+
+
 def fingerprint(table: Table) -> int:
     """Return 16 bits that tell one base from another, so that a later version's base is never taken for it."""
     return zlib.crc32(json.dumps(table).encode()) & 0xFFFF
@@ -305,7 +316,8 @@ def _check_replaceable(model: nn.Module | None, name: str, have: nn.Module | Non
             raise ArtifactError(f"{where} ({_words(spec)}) is in the file but not in the given model; {_ADVICE}")
         return
     old = layer_spec(have)
-    if "own" in (old[0], spec[0]) or spec[0] not in (old[0], *MAY_STAND_IN):
+    dropped = bool(name) and spec == ["Identity"]  # a block that was taken out whole
+    if not dropped and ("own" in (old[0], spec[0]) or spec[0] not in (old[0], *MAY_STAND_IN)):
         raise ArtifactError(f"{where} is {_words(spec)} in the file but {_words(old)} in the given model; {_ADVICE}")
 
 

@@ -1,41 +1,49 @@
-"""Turn tensors into the fewest bytes: fixed width, bitmask and values, or entropy coding. Numbers in, bytes out.
+"""Turn tensors into the fewest bytes: fixed width, bitmask and values, entropy or context coding.
 
 A tensor is either *words* (the bits of its numbers, as they are) or *symbols* (small integers of a quantized weight).
-Both are written in the smallest of three forms:
+Both are written in the smallest of four forms:
 
     fixed     every entry with the same number of bits
     bitmask   one bit an entry, "is it zero?", then the others with a fixed number of bits
     entropy   frequent symbols take fewer bits: asymmetric numeral systems (Duda, 2009, arXiv:0902.0271)
+    context   full and empty rows and columns say where the others are likely: see `contexts`
 
-Of words, only the mask is entropy-coded: the bits of floating-point weights hardly compress.
+Of words, only the mask is coded so: the bits of floating-point weights hardly compress.
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from math import prod
 
 import constriction
 import numpy as np
 
+from workbench.artifact import contexts
 from workbench.artifact.format import ArtifactError, Reader, varint
 
 AnsCoder, Categorical = constriction.stream.stack.AnsCoder, constriction.stream.model.Categorical
-FORMS = ("fixed", "bitmask", "entropy")
+FORMS = ("fixed", "bitmask", "entropy", "context")
+MOST_FULL = 0.6  # part of a tensor that is not zero
 MAX_ALPHABET = 512  # an 8-bit symbol less its zero point lies between -255 and 255
 
 
 @dataclass(frozen=True)
 class Code:
-    """One tensor as bytes, parted by what they are for; the file holds table, index, values in this order."""
+    """One tensor as bytes, parted by what they are for; the file holds table, index, values in this order.
+
+    `streamed`: bytes for (values, index) that went into the stream that all tensors share.
+    """
 
     form: str
     values: bytes = b""
     table: bytes = b""
     index: bytes = b""
+    streamed: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
-        return len(self.values) + len(self.index) + len(self.table)
+        return len(self.values) + len(self.index) + len(self.table) + sum(self.streamed)
 
     def __bytes__(self) -> bytes:
         return self.table + self.index + self.values
@@ -154,29 +162,62 @@ def entropy_decode(reader: Reader, count: int) -> np.ndarray:
 # --- words: the bits of a tensor's numbers --------------------------------------------------------------------------
 
 
-def code_words(words: np.ndarray) -> tuple[Code, dict[str, int]]:
-    """Write integers (n,) in the smallest form; return it and the bytes of every form that was tried."""
+@dataclass(frozen=True)
+class Trial:
+    """One tensor coded by its structure: the stream that it lengthens, and its bytes there for (values, index)."""
+
+    stream: contexts.Stream
+    streamed: tuple[int, int]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], levels: np.ndarray, stream: contexts.Stream, with_values: bool) -> Trial:
+        """Code where `levels` (n,) are not zero, and what they are there."""
+        kept = levels != 0
+        places, values = contexts.Recorder(), contexts.Recorder()
+        contexts.code_places(places, shape, kept)
+        if with_values:
+            contexts.code_values(values, int(np.count_nonzero(kept)), levels[kept])
+        after_values = stream.pushed(values.steps)
+        after_all = after_values.pushed(places.steps)
+        return cls(after_all, (after_values.size - stream.size, after_all.size - after_values.size))
+
+
+def code_words(
+    words: np.ndarray, shape: tuple[int, ...], stream: contexts.Stream
+) -> tuple[Code, dict[str, int], contexts.Stream]:
+    """Write integers (n,) in the smallest form; return it, the bytes of every form that was tried, and the stream."""
     kept = words != 0
-    sizes = {"fixed": words.nbytes}
+    sizes, trial = {"fixed": words.nbytes}, None
     if not kept.all():
         values_bytes = np.count_nonzero(kept) * words.itemsize
         mask = kept.astype(np.int32)
-        table, stream = entropy_encode(mask, *histogram(mask))
-        sizes |= {"bitmask": packed_size(len(kept), 1) + values_bytes, "entropy": len(table + stream) + values_bytes}
+        table, index = entropy_encode(mask, *histogram(mask))
+        sizes |= {"bitmask": packed_size(len(kept), 1) + values_bytes, "entropy": len(table + index) + values_bytes}
+        if contexts.fits(shape):
+            trial = Trial.of(shape, mask, stream, with_values=False)
+            sizes["context"] = sum(trial.streamed) + values_bytes
     form = min(sizes, key=sizes.get)
     if form == "fixed":
-        return Code(form, words.tobytes()), sizes
+        return Code(form, words.tobytes()), sizes, stream
     values = words[kept].tobytes()
     if form == "bitmask":
-        return Code(form, values, index=np.packbits(kept).tobytes()), sizes
-    return Code(form, values, table, stream), sizes
+        return Code(form, values, index=np.packbits(kept).tobytes()), sizes, stream
+    if form == "entropy":
+        return Code(form, values, table, index), sizes, stream
+    return Code(form, values, streamed=trial.streamed), sizes, trial.stream
 
 
-def read_words(reader: Reader, form: str, count: int, dtype: np.dtype) -> np.ndarray:
-    """Read back the (count,) integers of `dtype` that `code_words` wrote in `form`."""
+def read_words(
+    reader: Reader, form: str, shape: tuple[int, ...], dtype: np.dtype, stream: contexts.AnsCoder
+) -> np.ndarray:
+    """Read back the (n,) integers of `dtype` that `code_words` wrote in `form`."""
+    count = prod(shape)
     if form == "fixed":
         return np.frombuffer(reader.take(count * dtype.itemsize), dtype).copy()
-    kept = _read_mask(reader, form, count)
+    if form == "context":
+        kept = contexts.code_places(contexts.Player(stream), shape)
+    else:
+        kept = _read_mask(reader, form, count)
     words = np.zeros(count, dtype)
     words[kept] = np.frombuffer(reader.take(int(kept.sum()) * dtype.itemsize), dtype)
     return words
@@ -191,33 +232,51 @@ def _read_mask(reader: Reader, form: str, count: int) -> np.ndarray:
 # --- symbols: small integers ----------------------------------------------------------------------------------------
 
 
-def code_symbols(symbols: np.ndarray, zero: np.ndarray | int) -> tuple[Code, dict[str, int]]:
+def code_symbols(
+    symbols: np.ndarray, zero: np.ndarray | int, shape: tuple[int, ...], stream: contexts.Stream
+) -> tuple[Code, dict[str, int], contexts.Stream]:
     """Write small integers (n,) in the smallest form; `zero` is the symbol of zero, one number or one per entry.
 
-    Return the code and the bytes of every form that was tried.
+    Return the code, the bytes of every form that was tried, and the stream.
     """
     levels = symbols - zero  # centered: channels with different zero points share one distribution
     low, counts = histogram(levels)
-    table, stream = entropy_encode(levels, low, counts)
+    table, coded = entropy_encode(levels, low, counts)
     found = np.flatnonzero(counts) + low
     sizes = {
         "fixed": 3 + packed_size(len(symbols), _span(symbols)[1]),
         "bitmask": 3 + packed_size(len(levels), 1) + _others_size(found, counts[found - low]),
-        "entropy": len(table) + len(stream),
+        "entropy": len(table) + len(coded),
     }
+    trial = None
+    if contexts.fits(shape) and _has_structure(levels):
+        trial = Trial.of(shape, levels, stream, with_values=True)
+        sizes["context"] = sum(trial.streamed)
     form = min(sizes, key=sizes.get)
+    if form == "context":
+        return Code(form, streamed=trial.streamed), sizes, trial.stream
     if form == "entropy":
-        return Code(form, stream, table), sizes
+        return Code(form, coded, table), sizes, stream
     if form == "fixed":
-        return Code(form, *_pack_symbols(symbols)), sizes
+        return Code(form, *_pack_symbols(symbols)), sizes, stream
     kept = levels != 0
-    return Code(form, *_pack_symbols(_fold(levels[kept])), np.packbits(kept).tobytes()), sizes
+    return Code(form, *_pack_symbols(_fold(levels[kept])), np.packbits(kept).tobytes()), sizes, stream
 
 
-def read_symbols(reader: Reader, form: str, count: int, zero: np.ndarray | int) -> np.ndarray:
-    """Read back the (count,) int32 symbols that `code_symbols` wrote in `form`."""
+def _has_structure(levels: np.ndarray) -> bool:
+    """Say whether it is worth the time to look at rows and columns: most are zero, or there are few at all."""
+    return len(levels) <= contexts.FEW or np.count_nonzero(levels) < MOST_FULL * len(levels)
+
+
+def read_symbols(
+    reader: Reader, form: str, shape: tuple[int, ...], zero: np.ndarray | int, stream: contexts.AnsCoder
+) -> np.ndarray:
+    """Read back the (n,) int32 symbols that `code_symbols` wrote in `form`."""
+    count = prod(shape)
     if form == "entropy":
         return entropy_decode(reader, count) + zero
+    if form == "context":
+        return _read_context(stream, shape) + zero
     low, width = reader.unpack("hB")
     if width > 16:
         raise ArtifactError(f"a symbol in it takes {width} bits, at most 16 are possible; save it again.")
@@ -228,6 +287,13 @@ def read_symbols(reader: Reader, form: str, count: int, zero: np.ndarray | int) 
     folded = _unpack_symbols(reader, int(kept.sum()), low, width)
     levels[kept] = folded + (folded >= 0)
     return levels + zero
+
+
+def _read_context(stream: contexts.AnsCoder, shape: tuple[int, ...]) -> np.ndarray:
+    player, levels = contexts.Player(stream), np.zeros(prod(shape), np.int32)
+    kept = contexts.code_places(player, shape)
+    levels[kept] = contexts.code_values(player, int(kept.sum()))
+    return levels
 
 
 def _fold(levels: np.ndarray) -> np.ndarray:

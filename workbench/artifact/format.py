@@ -1,10 +1,16 @@
 """The file: a magic word, a header, the tensors, a checksum.
 
-    "WBNCH"  version (1 byte)  length of header (varint)  header  tensors  CRC-32 of all before (4 bytes)
+    "WB"  version (1 byte)  length of header (varint)  header  length of stream (varint)  stream  tensors
+    CRC-32 of all before (4 bytes)
 
 The header is JSON, deflated where that is shorter: which layers there are. Shapes follow from them, so a tensor begins
-with one byte, how it is coded and its number type, and goes on with its values. The tensors stand in the order of the
-layers, sorted by name within a layer. There is no pickle, and a file cannot name anything to run.
+with one byte, how it is coded, and goes on with its tables and values. The tensors stand in the order of the layers,
+sorted by name within a layer. What is coded by its structure lies in the one stream; see `contexts`. There is no
+pickle, and a file cannot name anything to run.
+
+The first byte of a tensor: its form, + 4 × its kind, + 32 for a mask below what else is stacked on it, + 64 for a
+mask above, + 128 if a second byte gives its number type, which else is float32. Then, as a varint, the numbers of its
+kind in `QUANTIZER`, `CODEBOOK` or `CAST`; then group size, scales or levels, zero points.
 """
 
 from __future__ import annotations
@@ -16,18 +22,30 @@ import torch
 
 from workbench import weights
 
-MAGIC, VERSION = b"WBNCH", 1
+MAGIC, VERSION, FIRST_MAGIC = b"WB", 2, b"WBNCH"
 MAX_FILE_BYTES, MAX_HEADER_BYTES, MAX_LAYERS = 2**31, 2**24, 2**16
-SYMBOLS, TIED, MASKED = 3, 6, 8  # the first byte of a tensor: its form, + 3 for symbols, + 8 below a mask
+KINDS = ("words", "quantized", "clustered", "cast", "normal-float", "tied")
+MASK_BELOW, MASK_ABOVE, TYPED = 32, 64, 128
 DTYPES = (
     *(torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool),
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 )
 WORDS = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}  # by bytes a number
 
-# A quantizer is two bytes (bits - 1 | symmetric << 3 | mask << 4 | zero points << 6, axis + 1), its scales in fp32, and
-# its zero points: none if all are 0, else in one byte each, or in four.
-ZERO_TYPES = ("", "<i1", "<i4")
+TABLES = (torch.float32, torch.float16, torch.bfloat16)  # number types of scales and levels: the shortest that is exact
+STEPS = len(TABLES)  # or whole multiples of a power of two: its exponent, their bits (one byte each), and the multiples
+ZERO_TYPES = ("", "<i1", "<i4")  # none if all zero points are 0
+NO_AXIS, FIRST_AXIS, GROUPS = range(3)  # which numbers share a scale
+QUANTIZER = (7, 4, 2, 3, 3)  # bits - 2, table, asymmetric, zero points, scales for
+CODEBOOK = (4, 2, 258)  # table, whether zero is a level, other levels
+ZERO_OF_NF4 = 7
+CAST = (4, 4, 3)  # type, table, scales: none, one, one a channel
+DICTIONARY = (  # what headers are made of; rarer words first
+    b'"stride":2,"padding":"same","groups":{"bias":false}["own","BatchNorm1d",["Conv1d",["AvgPool2d",["Dropout",'
+    b'["GELU"]["Flatten"]["Identity"]["AdaptiveAvgPool2d",1]["MaxPool2d",2]["ReLU"]["BatchNorm2d",{"padding":1}'
+    b'["Conv2d",["Linear",["Sequential","0","1","2"],"layers":{"":"classifier","pool","features.0.0":"inputs":[0,'
+    b'{"model":{"name":"glyphs-cnn","lenet-300-100"{"model":{"name":"lenet-5"},"base":'
+)
 
 
 class ArtifactError(ValueError):
@@ -74,6 +92,25 @@ def varint(value: int) -> bytes:
     return bytes([*out, value])
 
 
+def pack_digits(digits: tuple[int, ...], bases: tuple[int, ...]) -> bytes:
+    """Write small numbers, each below its base, as one varint; the first counts least."""
+    value = 0
+    for digit, base in reversed(list(zip(digits, bases, strict=True))):
+        value = value * base + digit
+    return varint(value)
+
+
+def unpack_digits(reader: Reader, bases: tuple[int, ...]) -> list[int]:
+    """Read back what `pack_digits` wrote."""
+    value, digits = reader.varint(), []
+    for base in bases:
+        value, digit = divmod(value, base)
+        digits.append(digit)
+    if value:
+        raise ArtifactError("the note of a tensor in it makes no sense; save it again.")
+    return digits
+
+
 def check_size(count: int, file_bytes: int) -> None:
     """Refuse more numbers than a file of this length can honestly hold, so that a small one cannot fill the memory."""
     limit = min(2**30, 2**24 + 2**12 * file_bytes)
@@ -85,5 +122,4 @@ def zero_symbols(quantizer: weights.FakeQuantize, shape: tuple[int, ...]) -> np.
     """Return the symbol of zero: 0, or one for each of the weight's numbers."""
     if not quantizer.zero_point.any():
         return 0
-    zero = quantizer.along_weight(quantizer.zero_point.cpu(), len(shape))
-    return zero.expand(shape).reshape(-1).numpy()
+    return quantizer.along_weight(quantizer.zero_point.cpu(), shape).expand(shape).reshape(-1).numpy()

@@ -7,8 +7,9 @@ import os
 import secrets
 import struct
 import zlib
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,31 @@ from torch.nn.utils import parametrize
 from workbench import weights
 from workbench.artifact import architecture as arch
 from workbench.artifact.accounts import Ledger, LedgerRow
-from workbench.artifact.coding import FORMS, Code, code_symbols, code_words
+from workbench.artifact.coding import FORMS, Code, code_symbols, code_words, pack_bits
+from workbench.artifact.contexts import Stream
 from workbench.artifact.format import (
+    CAST,
+    CODEBOOK,
+    DICTIONARY,
     DTYPES,
+    FIRST_AXIS,
+    GROUPS,
+    KINDS,
     MAGIC,
-    MASKED,
-    SYMBOLS,
-    TIED,
+    MASK_ABOVE,
+    MASK_BELOW,
+    NO_AXIS,
+    QUANTIZER,
+    STEPS,
+    TABLES,
+    TYPED,
     VERSION,
     WORDS,
+    ZERO_OF_NF4,
     ZERO_TYPES,
     ArtifactError,
     check_size,
+    pack_digits,
     varint,
     zero_symbols,
 )
@@ -76,35 +90,23 @@ def ledger(model: nn.Module) -> Ledger:
     return pack(model)[1]
 
 
-@dataclass
-class _Body:
-    """The tensors written so far, their ledger rows, and the bytes that only say how to read them."""
-
-    chunks: list[bytes] = field(default_factory=list)
-    rows: list[LedgerRow] = field(default_factory=list)
-    notes: int = 0
-    count: int = 0
-    written: dict[int, tuple[int, _Tensor]] = field(default_factory=dict)  # by identity, to write tied tensors once
-
-    def add(self, row: LedgerRow, note: bytes, content: bytes = b"") -> None:
-        self.chunks += [note, content]
-        self.rows.append(row)
-        self.notes += len(note)
-
-
 def pack(model: nn.Module) -> tuple[bytes, Ledger]:
     """Return the model's file and its ledger, from one pass; raises ArtifactError."""
     if not isinstance(model, nn.Module):
         raise ArtifactError(f"{model!r} is not a model; pass a torch.nn.Module.")
-    header, body = _header(model), _Body()
+    header = _header(model)
     with torch.no_grad():
-        for name, layer in arch.distinct(model):
-            _add_layer(body, name, layer)
-    frame = MAGIC + bytes([VERSION]) + varint(len(header)) + header
-    data = frame + b"".join(body.chunks)
+        parts = list(_parts(model))
+    rows, chunks, stream = [], [], Stream()
+    for part in reversed(parts):  # the stream gives back first what came last
+        row, content, stream = part.written(stream)
+        rows.insert(0, row)
+        chunks.insert(0, content)
+    streamed = bytes(stream)
+    data = MAGIC + bytes([VERSION]) + varint(len(header)) + header + varint(len(streamed)) + streamed + b"".join(chunks)
     data += struct.pack("<I", zlib.crc32(data))
-    check_size(sum(row.parameters for row in body.rows), len(data))
-    return data, Ledger(len(data), len(frame) + body.notes + 4, tuple(body.rows))
+    check_size(sum(row.parameters for row in rows), len(data))
+    return data, Ledger(len(data), len(data) - sum(row.total_bytes for row in rows), tuple(rows))
 
 
 def _header(model: nn.Module) -> bytes:
@@ -114,7 +116,7 @@ def _header(model: nn.Module) -> bytes:
     if inputs:
         content["inputs"] = inputs
     text = json.dumps(content, separators=(",", ":")).encode()
-    shrink = zlib.compressobj(9, wbits=-15)
+    shrink = zlib.compressobj(9, wbits=-15, zdict=DICTIONARY)
     deflated = shrink.compress(text) + shrink.flush()
     return min(b"j" + text, b"z" + deflated, key=len)
 
@@ -126,7 +128,7 @@ def _described(architecture: Any, table: arch.Table) -> dict[str, Any]:
             base = arch.base_table(architecture)
             changes = arch.difference(base, table)
             if list(arch.patch(base, changes).items()) == list(table.items()):
-                content = {"model": architecture, "base": arch.fingerprint(base)}
+                content = {"model": arch.shortened(architecture), "base": arch.fingerprint(base)}
                 return {**content, "layers": changes} if changes else content
         except (TypeError, ValueError, LookupError, RuntimeError):
             pass  # another library's `architecture`: the table says it all
@@ -138,98 +140,142 @@ def _input_quantizer(layer: nn.Module) -> weights.InputQuantizer | None:
     return quantizer if isinstance(quantizer, weights.InputQuantizer) else None
 
 
-def _add_layer(body: _Body, name: str, layer: nn.Module) -> None:
-    prefix = f"{name}." if name else ""
-    for tensor_name in arch.tensor_names(layer):
-        _add_tensor(body, prefix + tensor_name, layer, tensor_name)
-        body.count += 1
-    quantizer = _input_quantizer(layer)
-    if quantizer is not None:
-        content = struct.pack("<fB", float(quantizer.scale), int(quantizer.zero_point))
-        row = LedgerRow(f"{prefix}input", (), "input quantizer", 0, 0, 0, "fixed", table_bytes=len(content))
-        body.add(row, b"", content)
+# --- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _add_tensor(body: _Body, full_name: str, layer: nn.Module, name: str) -> None:
-    tensor = _Tensor.of(full_name, layer, name)
-    earlier = body.written.get(tensor.identity)
-    if earlier is not None and earlier[1].same_as(tensor):
-        body.add(LedgerRow(full_name, tensor.shape, tensor.kind, 0, 0, 0, "tied"), bytes([TIED]) + varint(earlier[0]))
-        return
-    body.written.setdefault(tensor.identity, (body.count, tensor))
-    code, sizes = tensor.code()
-    scales = _scales(tensor.quantizer)
-    row = LedgerRow(
-        full_name,
-        tensor.shape,
-        tensor.kind,
-        parameters=tensor.value.numel(),
-        fp32_bytes=4 * tensor.value.numel(),
-        formula_bytes=tensor.formula_bytes(),
-        chosen=code.form,
-        weight_bytes=len(code.values),
-        table_bytes=len(scales) + len(code.table),
-        index_bytes=len(code.index),
-        candidates={form: size + len(scales) for form, size in sizes.items()},
-    )
-    body.add(row, tensor.note(code.form), scales + bytes(code))
+def _parts(model: nn.Module) -> Iterator[_Tensor | _Tied | _InputRange]:
+    """Yield what the file holds behind its header, in order; a tensor that lies there already only once."""
+    written: dict[int, tuple[int, _Tensor]] = {}
+    count = 0
+    for name, layer in arch.distinct(model):
+        prefix = f"{name}." if name else ""
+        for tensor_name in arch.tensor_names(layer):
+            tensor = _Tensor.of(prefix + tensor_name, layer, tensor_name)
+            number, earlier = written.setdefault(_identity(layer, tensor_name), (count, tensor))
+            yield _Tied(tensor, number) if number < count and earlier.same_as(tensor) else tensor
+            count += 1
+        quantizer = _input_quantizer(layer)
+        if quantizer is not None:
+            yield _InputRange(f"{prefix}input", quantizer)
+
+
+@dataclass(frozen=True)
+class _InputRange:
+    """Scale and zero point of a layer's input."""
+
+    name: str
+    quantizer: weights.InputQuantizer
+
+    def written(self, stream: Stream) -> tuple[LedgerRow, bytes, Stream]:
+        content = struct.pack("<fB", float(self.quantizer.scale), int(self.quantizer.zero_point))
+        row = LedgerRow(self.name, (), "input quantizer", 0, 0, 0, "fixed", table_bytes=len(content))
+        return row, content, stream
+
+
+@dataclass(frozen=True)
+class _Tied:
+    """A tensor that lies in the file already, as number `earlier`."""
+
+    tensor: _Tensor
+    earlier: int
+
+    def written(self, stream: Stream) -> tuple[LedgerRow, bytes, Stream]:
+        row = LedgerRow(self.tensor.name, self.tensor.shape, self.tensor.kind, 0, 0, 0, "tied")
+        return row, bytes([KINDS.index("tied") << 2]) + varint(self.earlier), stream
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor as the model uses it, and what is stacked on it."""
+    """One tensor as the model uses it, and what is stacked on it; `mask_at`: 0, MASK_BELOW the coder, or MASK_ABOVE."""
 
+    name: str
     value: Tensor
-    kind: str
-    identity: int  # of the tensor that lies below: equal for tied weights
-    mask_at: int  # 0 no mask, 1 a mask below the quantizer (or alone), 2 a mask above it
-    quantizer: weights.FakeQuantize | None
+    coder: weights.FakeQuantize | weights.Codebook | weights.Cast | weights.NormalFloat | None
     symbols: Tensor | None
+    mask_at: int
 
     @classmethod
     def of(cls, full_name: str, layer: nn.Module, name: str) -> _Tensor:
-        weight = weights.describe(layer) if name == "weight" else None
-        value = (weight.values if weight is not None else getattr(layer, name).detach()).cpu()
+        code = weights.describe(layer, name)
+        value = code.values.cpu()
         if value.dtype not in DTYPES:
             raise ArtifactError(f"{full_name} has the number type {value.dtype}, which a file cannot hold; convert it.")
-        quantizer = _exact_quantizer(weight, value)
-        mask_at = _mask_position(layer, quantizer) if weight is not None and weight.mask is not None else 0
-        plain = "dense" if value.dim() > 1 else "other"
-        kind = "quantized" if quantizer is not None else "masked" if mask_at else plain
-        symbols = weight.symbols.cpu() if quantizer is not None else None
-        return cls(value, kind, _identity(layer, name), mask_at, quantizer, symbols)
+        coder = code.coder if value.numel() and getattr(code.coder, "axis", None) in (None, 0) else None
+        mask_at = _mask_position(layer, name, coder) if code.mask is not None else 0
+        return cls(full_name, value, coder, None if coder is None else code.symbols.cpu(), mask_at)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.value.shape)
 
+    @property
+    def kind(self) -> str:
+        """What the ledger calls it."""
+        if self.coder is not None:
+            return self.coder.kind
+        return "masked" if self.mask_at else "dense" if self.value.dim() > 1 else "other"
+
     def same_as(self, other: _Tensor) -> bool:
         """Say whether one may stand for the other, also in what is stacked on it."""
-        same_stack = self.note("fixed") == other.note("fixed") and _scales(self.quantizer) == _scales(other.quantizer)
+        same_stack = self.mask_at == other.mask_at and self.kind == other.kind and self._notes() == other._notes()
         return same_stack and torch.equal(self.value, other.value)
 
-    def note(self, form: str) -> bytes:
-        """Return the bytes that tell a reader what follows: coding and number type, then the quantizer if any."""
-        first = FORMS.index(form) | DTYPES.index(self.value.dtype) << 4
-        if self.quantizer is not None:
-            return bytes([first + SYMBOLS]) + _quantizer_note(self.quantizer, self.mask_at)
-        return bytes([first + SYMBOLS * (self.value.dtype == torch.bool) + MASKED * bool(self.mask_at)])
+    def written(self, stream: Stream) -> tuple[LedgerRow, bytes, Stream]:
+        """Return the ledger's row, the bytes among the tensors, and the stream with what went there."""
+        note, table = self._notes()
+        code, sizes, stream = self._coded(stream)
+        row = LedgerRow(
+            self.name,
+            self.shape,
+            self.kind,
+            parameters=self.value.numel(),
+            fp32_bytes=4 * self.value.numel(),
+            formula_bytes=self.formula_bytes(),
+            chosen=code.form,
+            weight_bytes=len(code.values) + code.streamed[0],
+            table_bytes=len(table) + len(code.table),
+            index_bytes=len(code.index) + code.streamed[1],
+            candidates={form: size + len(table) for form, size in sizes.items()},
+        )
+        return row, self._first(code.form) + note + table + bytes(code), stream
 
-    def code(self) -> tuple[Code, dict[str, int]]:
-        """Return the smallest coding, and the bytes of all that were tried."""
-        if self.quantizer is not None:
-            return code_symbols(self.symbols.reshape(-1).numpy(), zero_symbols(self.quantizer, self.shape))
-        if self.value.dtype == torch.bool and self.value.numel():
-            return code_symbols(self.value.reshape(-1).numpy().astype(np.int32), 0)
-        return code_words(_words(self.value))
+    def _first(self, form: str) -> bytes:
+        kind = self.coder.kind if self.coder is not None else "words"
+        first = FORMS.index(form) | KINDS.index(kind) << 2 | self.mask_at
+        if self.value.dtype == torch.float32:
+            return bytes([first])
+        return bytes([first | TYPED, DTYPES.index(self.value.dtype)])
+
+    def _notes(self) -> tuple[bytes, bytes]:
+        """Return the bytes that say how the symbols are to be read, and the tables of what they stand for."""
+        return _NOTES[type(self.coder)](self)
+
+    def _coded(self, stream: Stream) -> tuple[Code, dict[str, int], Stream]:
+        """Return the smallest coding, the bytes of all that were tried, and the stream behind it."""
+        if self.coder is None and self.value.dtype == torch.bool and self.value.numel():
+            return code_symbols(self.value.reshape(-1).numpy().astype(np.int32), 0, self.shape, stream)
+        if self.coder is None:
+            return code_words(_words(self.value), self.shape, stream)
+        if self.coder.bits == 16:
+            return code_words(self.symbols.reshape(-1).numpy().astype(WORDS[2]), self.shape, stream)
+        symbols, zero = self.symbols, 0
+        if isinstance(self.coder, weights.FakeQuantize):
+            zero = zero_symbols(self.coder, self.shape)
+        elif isinstance(self.coder, weights.NormalFloat):
+            zero = ZERO_OF_NF4
+        elif isinstance(self.coder, weights.Codebook):
+            levels, order = _used_levels(self)
+            symbols, zero = order[symbols.long()], int((levels < 0).sum()) if (levels == 0).any() else -1
+        return code_symbols(symbols.reshape(-1).numpy(), zero, self.shape, stream)
 
     def formula_bytes(self) -> int:
         numbers = int((self.value != 0).sum()) if self.mask_at else self.value.numel()
-        bits = self.quantizer.bits if self.quantizer is not None else 8 * self.value.element_size()
+        bits = self.coder.bits if self.coder is not None else 8 * self.value.element_size()
         return (bits * numbers + 7) // 8
 
 
 def _identity(layer: nn.Module, name: str) -> int:
+    """Return the identity of the tensor that lies below: equal for tied weights."""
     if parametrize.is_parametrized(layer, name):
         return id(getattr(layer.parametrizations[name], "original", layer))
     return id(getattr(layer, name))
@@ -241,19 +287,43 @@ def _words(value: Tensor) -> np.ndarray:
     return value.contiguous().reshape(-1).view(_VIEWS[size]).numpy().view(f"u{size}").astype(WORDS[size], copy=False)
 
 
-def _exact_quantizer(weight: weights.WeightCode | None, value: Tensor) -> weights.FakeQuantize | None:
-    """Return the quantizer if its symbols give exactly this weight; NaN, or a zero out of its range, do not."""
-    if weight is None or weight.kind != "quantized" or not value.numel():
-        return None
-    exact = weight.quantizer.values(weight.symbols).to("cpu")
-    return weight.quantizer if exact.dtype == value.dtype and torch.equal(exact, value) else None
-
-
-def _mask_position(layer: nn.Module, quantizer: weights.FakeQuantize | None) -> int:
-    stack = weights.weight_parametrizations(layer)
+def _mask_position(layer: nn.Module, name: str, coder: nn.Module | None) -> int:
+    stack = weights.weight_parametrizations(layer, name)
     masks = [i for i, p in enumerate(stack) if isinstance(p, weights.Mask)]
-    outside = quantizer is not None and masks[-1] > next(i for i, p in enumerate(stack) if p is quantizer)
-    return 2 if outside else 1
+    above = coder is not None and masks[-1] > next(i for i, p in enumerate(stack) if p is coder)
+    return MASK_ABOVE if above else MASK_BELOW
+
+
+# --- what symbols stand for ------------------------------------------------------------------------------------------
+
+
+def _table(numbers: Tensor) -> tuple[int, bytes]:
+    """Return numbers as bytes in the shortest of the ways that hold them exactly, and the place of that way in TABLES."""
+    numbers = numbers.detach().cpu().float().reshape(-1)
+    ways = {i: _words(numbers.to(dtype)).tobytes() for i, dtype in enumerate(TABLES) if _holds(dtype, numbers)}
+    steps = _in_steps(numbers.double().numpy())
+    if steps is not None:
+        ways[STEPS] = steps
+    way = min(ways, key=lambda i: len(ways[i]))
+    return way, ways[way]
+
+
+def _holds(dtype: torch.dtype, numbers: Tensor) -> bool:
+    return dtype == torch.float32 or torch.equal(numbers.to(dtype).float(), numbers)
+
+
+def _in_steps(numbers: np.ndarray) -> bytes | None:
+    """Return numbers as whole multiples, of at most 16 bits, of the largest power of two that divides them all."""
+    if not len(numbers) or not np.isfinite(numbers).all() or not numbers.all():
+        return None
+    mantissas, exponents = np.frexp(numbers)
+    whole = np.abs(mantissas * 2.0**24).astype(np.int64)
+    exponent = int((exponents - 24 + np.log2(whole & -whole).astype(int)).min())
+    multiples = numbers / 2.0**exponent
+    width = int(np.abs(multiples).max()).bit_length() + 1
+    if width > 16 or not -128 <= exponent <= 127:
+        return None
+    return struct.pack("<bB", exponent, width) + pack_bits(multiples.astype(np.int64) + (1 << width - 1), width)
 
 
 def _zero_type(quantizer: weights.FakeQuantize) -> int:
@@ -263,15 +333,49 @@ def _zero_type(quantizer: weights.FakeQuantize) -> int:
     return 1 if torch.equal(zero, zero.to(torch.int8).to(zero.dtype)) else 2
 
 
-def _quantizer_note(quantizer: weights.FakeQuantize, mask_at: int) -> bytes:
-    axis = 0 if quantizer.axis is None else quantizer.axis + 1
-    zero = _zero_type(quantizer)
-    return bytes([quantizer.bits - 1 | bool(quantizer.symmetric) << 3 | mask_at << 4 | zero << 6, axis])
+def _quantizer_notes(tensor: _Tensor) -> tuple[bytes, bytes]:
+    coder = tensor.coder
+    kind, scales = _table(coder.step)
+    zero = _zero_type(coder)
+    zeros = coder.zero_point.cpu().numpy().astype(ZERO_TYPES[zero]).tobytes() if zero else b""
+    axis = NO_AXIS if coder.axis is None else FIRST_AXIS if coder.group_size is None else GROUPS
+    note = pack_digits((coder.bits - 2, kind, not coder.symmetric, zero, axis), QUANTIZER)
+    return note + (varint(coder.group_size) if axis == GROUPS else b""), scales + zeros
 
 
-def _scales(quantizer: weights.FakeQuantize | None) -> bytes:
-    if quantizer is None:
-        return b""
-    zero_type = ZERO_TYPES[_zero_type(quantizer)]
-    zeros = quantizer.zero_point.cpu().numpy().astype(zero_type).tobytes() if zero_type else b""
-    return quantizer.scale.cpu().numpy().astype("<f4").tobytes() + zeros
+def _used_levels(tensor: _Tensor) -> tuple[Tensor, Tensor]:
+    """Return the levels that a codebook uses, in order, and for each of its symbols the place among them."""
+    coder = tensor.coder
+    count = len(coder.levels) + 1
+    used = torch.bincount(tensor.symbols.reshape(-1), minlength=count) > 0
+    all_levels = coder.values(torch.arange(count)).cpu()
+    levels = all_levels[used].unique()
+    return levels, torch.searchsorted(levels, all_levels).to(torch.int32)
+
+
+def _codebook_notes(tensor: _Tensor) -> tuple[bytes, bytes]:
+    levels, _ = _used_levels(tensor)
+    others = levels[levels != 0]
+    kind, table = _table(others)
+    return pack_digits((kind, len(others) < len(levels), len(others)), CODEBOOK), table
+
+
+def _cast_notes(tensor: _Tensor) -> tuple[bytes, bytes]:
+    coder = tensor.coder
+    kind, scales = _table(coder.scale) if coder.scale is not None else (0, b"")
+    scaled = 0 if coder.scale is None else 1 + coder.scale.dim()
+    return pack_digits((weights.FLOATS.index(coder.dtype), kind, scaled), CAST), scales
+
+
+def _normal_float_notes(tensor: _Tensor) -> tuple[bytes, bytes]:
+    kind, largest = _table(tensor.coder.absmax)
+    return varint(tensor.coder.group_size) + bytes([kind]), largest
+
+
+_NOTES = {
+    type(None): lambda tensor: (b"", b""),
+    weights.FakeQuantize: _quantizer_notes,
+    weights.Codebook: _codebook_notes,
+    weights.Cast: _cast_notes,
+    weights.NormalFloat: _normal_float_notes,
+}

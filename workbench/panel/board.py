@@ -347,8 +347,8 @@ class Panel(ipywidgets.VBox):
         """Return the point of these settings: known, shipped, or compressed now; None if it must be trained first."""
         key = tuple(technique.values().values())
         if key not in self._points:
-            must_train = technique.trains or bool(technique.values().get("finetune"))
-            model = technique.recall(self.model) if must_train else technique.compress(self.model, self.data)
+            recalled = technique.must_train
+            model = technique.recall(self.model) if recalled else technique.compress(self.model, self.data)
             if model is None:
                 return None if technique.trains else self._known(replace(technique, finetune=0))
             self._points[key] = self._weigh(self._title(technique), technique, model)
@@ -395,7 +395,7 @@ class Panel(ipywidgets.VBox):
         if self._training is not None:
             return "Training with these settings; Stop keeps the model so far."
         technique = self.kind(**self.values)
-        if not (technique.trains or technique.values().get("finetune")):
+        if not technique.must_train:
             return ""
         if tuple(technique.values().values()) in self._points:
             return ""

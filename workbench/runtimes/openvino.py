@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from workbench.runtimes.base import Kernel, Prepared, Runtime
 from workbench.runtimes.eager import is_fake_quantized
 from workbench.surgery import clone, weighted_layers
+from workbench.weights import bake_weights
 
 PRECISIONS = {"I8": "int8", "f32": "fp32", "f16": "fp16", "bf16": "bf16", "f64": "fp64", "u8": "int8", "i8": "int8"}
 
@@ -31,7 +32,7 @@ class PreparedOpenVINO(Prepared):
 
     def __init__(self, runtime: Runtime, model: nn.Module, example: Tensor, threads: int):
         super().__init__(runtime, example, threads)
-        self.model = clone(model).requires_grad_(False)
+        self.model = bake_weights(clone(model), keep_quantizers=True).requires_grad_(False)
         self._requests = {}
         self._request = self._filled(example)
         self.kernels = tuple(_kernels(self._request.get_compiled_model(), _calls(self.model, example), len(example)))

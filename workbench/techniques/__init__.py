@@ -1,9 +1,39 @@
-"""One file a technique, grouped by family; `TECHNIQUES` lists them in the order of the notebooks."""
+"""One file a technique, grouped by family; `TECHNIQUES` lists them in the order of the notebooks.
 
-from workbench.techniques.distillation import Distillation
+`KEEP_SIZE` lists those that make nothing smaller but bring accuracy, before or after the others.
+"""
+
+from workbench.techniques.clustering import WeightClustering
+from workbench.techniques.distillation import (
+    Distillation,
+    DistillationFeatures,
+    DistillationRelational,
+    SelfDistillation,
+)
+from workbench.techniques.finetuning import FineTune
 from workbench.techniques.low_rank import CPDecomposition, LoRA, LowRank, Tucker
-from workbench.techniques.pruning import ChannelPruning, MagnitudePruning
-from workbench.techniques.quantization import Quantization
+from workbench.techniques.pruning import (
+    ChannelPruning,
+    GradualPruning,
+    LayerDropping,
+    MagnitudePruning,
+    MovementPruning,
+    SemiStructuredPruning,
+    WandaPruning,
+    WeightDecayPruning,
+)
+from workbench.techniques.quantization import (
+    AWQ,
+    GPTQ,
+    AdaRound,
+    BFloat16,
+    Float8,
+    Float16,
+    MixedPrecision,
+    NormalFloat4,
+    Quantization,
+    QuantizationAwareTraining,
+)
 from workbench.techniques.topology import DepthwiseSeparable, PointwiseConvolution
 
 TECHNIQUES = (
@@ -12,11 +42,62 @@ TECHNIQUES = (
     CPDecomposition,
     DepthwiseSeparable,
     PointwiseConvolution,
-    LoRA,
     MagnitudePruning,
+    GradualPruning,
+    MovementPruning,
+    WeightDecayPruning,
+    WandaPruning,
+    SemiStructuredPruning,
     ChannelPruning,
+    LayerDropping,
     Quantization,
+    AdaRound,
+    GPTQ,
+    AWQ,
+    QuantizationAwareTraining,
+    MixedPrecision,
+    Float16,
+    BFloat16,
+    Float8,
+    NormalFloat4,
+    WeightClustering,
     Distillation,
+    DistillationFeatures,
+    DistillationRelational,
 )
+KEEP_SIZE = (SelfDistillation, FineTune, LoRA)
 
-__all__ = ["TECHNIQUES", *(technique.__name__ for technique in TECHNIQUES)]
+__all__ = [
+    "AWQ",
+    "GPTQ",
+    "KEEP_SIZE",
+    "TECHNIQUES",
+    "AdaRound",
+    "BFloat16",
+    "CPDecomposition",
+    "ChannelPruning",
+    "DepthwiseSeparable",
+    "Distillation",
+    "DistillationFeatures",
+    "DistillationRelational",
+    "FineTune",
+    "Float8",
+    "Float16",
+    "GradualPruning",
+    "LayerDropping",
+    "LoRA",
+    "LowRank",
+    "MagnitudePruning",
+    "MixedPrecision",
+    "MovementPruning",
+    "NormalFloat4",
+    "PointwiseConvolution",
+    "Quantization",
+    "QuantizationAwareTraining",
+    "SelfDistillation",
+    "SemiStructuredPruning",
+    "Tucker",
+    "WandaPruning",
+    "WeightClustering",
+    "WeightDecayPruning",
+]

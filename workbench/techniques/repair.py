@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,22 +15,49 @@ LEARNING_RATE = 1e-3  # a tenth of what training from scratch uses: the weights 
 SEED = 0
 
 
-def finetune(model: nn.Module, data: Any, epochs: int, watch=None) -> nn.Module:
+def finetune(model: nn.Module, data: Any, epochs: int, watch=None, **options) -> nn.Module:
     """Train `model` in place for `epochs` and return it in eval mode; `watch(step)` returning False stops early.
 
-    Raises ValueError if there are epochs to train but `data` holds no training images.
+    `options` go to `fit`. Raises ValueError if there are epochs to train but `data` holds no training images, or the
+    weights are not float32.
     """
     if epochs == 0:
         return model.eval()
     if not hasattr(data, "train"):
-        raise ValueError("Fine-tuning needs training images: pass a data set from load_data, or set finetune=0.")
+        raise ValueError("Fine-tuning needs training images: pass a data set from load_data, or train no epochs.")
+    other = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
+    if other is not None:
+        raise ValueError(f"Fine-tuning needs weights in float32, and this model holds {other}: call model.float().")
     from workbench.training import fit
 
-    steps = fit(model, data, epochs=epochs, learning_rate=LEARNING_RATE, seed=SEED)
+    steps = fit(model, data, **{"epochs": epochs, "learning_rate": LEARNING_RATE, "seed": SEED, **options})
     for step in steps:
         if watch is not None and watch(step) is False:
             steps.close()
     return model.eval()
+
+
+class Trainings:
+    """Several trainings that look like one: steps are numbered through, and one stop stops all that follow."""
+
+    def __init__(self, watch, epochs: int):
+        self.watch, self.epochs, self.done, self.stopped = watch, epochs, 0, False
+
+    def finetune(self, model: nn.Module, data: Any, epochs: int, **options) -> nn.Module:
+        """Do as `finetune` does, or nothing after a stop."""
+        if self.stopped:
+            return model.eval()
+        finetune(model, data, epochs, lambda step: self._tell(step, epochs), **options)
+        self.done += epochs
+        return model
+
+    def _tell(self, step, epochs: int) -> bool:
+        each = step.steps // epochs
+        numbered = replace(
+            step, step=step.step + self.done * each, steps=self.epochs * each, epoch=step.epoch + self.done
+        )
+        self.stopped = self.watch is not None and self.watch(numbered) is False
+        return not self.stopped
 
 
 def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:

@@ -502,6 +502,8 @@ def _unusual(layer: nn.Module) -> str | None:
     for each in stack:
         axis = getattr(each, "axis", None)
         along = () if axis is None else full[axis : axis + 1]
-        if any(t.dim() and t.shape not in (full, along) for t in stored_tensors(each).values()):
+        whole = getattr(each, "whole", ())  # names of tensors that all channels share, as the levels of a codebook
+        tensors = [tensor for name, tensor in stored_tensors(each).items() if name not in whole]
+        if any(t.dim() and t.shape not in (full, along) for t in tensors):
             return f"{type(each).__name__} on its weight holds tensors of another shape"
     return None
