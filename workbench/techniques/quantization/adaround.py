@@ -26,6 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from workbench.surgery import remembered
 from workbench.technique import setting
 from workbench.techniques.quantization.layerwise import LayerwiseRounding, moment_root
 from workbench.weights import FakeQuantize
@@ -90,4 +91,5 @@ class AdaRound(LayerwiseRounding):
         return cls.__name__  # one word
 
     def _values(self, model, name, weight, moment, quantizer):
-        return adaround(weight, moment_root(moment), quantizer, self.iterations)
+        root, _ = remembered(model, ("moment root", name, id(moment)), lambda: (moment_root(moment), moment))
+        return adaround(weight, root, quantizer, self.iterations)

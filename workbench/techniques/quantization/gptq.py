@@ -7,7 +7,8 @@ the inverse of the inputs' second moment, decomposed once.
 Settings: `weight_bits`. `granularity` "channel" or "group", with `group_size` weights to a scale. `order` "activation"
 rounds the inputs of most energy first, while there are many left to make up for them; "given" takes them as they come.
 
-When it helps: 3 and 4 bits for weights without any training; a few seconds for a network of millions of weights.
+When it helps: 3 and 4 bits for weights without any training; at 2 bits it still saves much of what the nearest level
+loses.
 
 When it does not: at 8 bits there is nothing to make up for. Activations stay in fp32: add
 Quantization(weight_bits=32) behind it. No kernel here computes with fewer than 8 bits, so the file shrinks and the
