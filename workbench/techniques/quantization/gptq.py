@@ -27,7 +27,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from workbench.surgery import remembered
 from workbench.technique import setting
 from workbench.techniques.quantization.layerwise import LayerwiseRounding, damped
 from workbench.weights import FakeQuantize
@@ -87,10 +86,9 @@ class GPTQ(LayerwiseRounding):
         "activation", choices=("activation", "given"), help="Round the inputs of most energy first, or as they come."
     )
 
-    def _values(self, model, name, weight, moment, quantizer):
-        compute = lambda: (self._all_codes(model, name, weight, moment), moment)
-        key = ("gptq", name, self.granularity, self.group_size, self.order, id(moment))
-        codes, _ = remembered(model, key, compute)  # which holds the moment, so that its id stays its own
+    def _values(self, model, name, weight, moments, quantizer):
+        key = ("gptq", name, self.granularity, self.group_size, self.order)
+        codes = moments.derive(key, lambda: self._all_codes(model, name, weight, moments[name]))
         return codes[self.weight_bits].float() * quantizer.along_weight(quantizer.scale, weight.shape)
 
     def _all_codes(self, model: nn.Module, name: str, weight: Tensor, moment: Tensor) -> dict[int, Tensor]:
