@@ -370,7 +370,9 @@ class Panel(ipywidgets.VBox):
 
     def _without_training(self, technique: Technique) -> Technique | None:
         """Return what can be shown before the training that the settings ask for; None if that is nothing."""
-        return None if technique.trains else replace(technique, finetune=0)
+        if technique.trains:
+            return None
+        return replace(technique, finetune=0) if technique.must_train else technique
 
     def _title(self, technique: Technique) -> str:
         """Name the settings that say something: numbers with an effect, and choices other than the default."""
