@@ -376,8 +376,9 @@ class Panel(ipywidgets.VBox):
 
     def _title(self, technique: Technique) -> str:
         """Name the settings that say something: numbers with an effect, and choices other than the default."""
-        values = technique.values()
-        said = [k for k in technique.settings() if values[k.name] != (k.neutral if k.is_number else k.default)]
+        values, knobs = technique.values(), technique.settings()
+        said = [k for k in knobs if values[k.name] != (k.neutral if k.is_number else k.default)]
+        said = said or ([] if technique.is_neutral else list(knobs[:1]))
         settings = ", ".join(f"{k.label} {controls.word(values[k.name])}" for k in said) or "no effect"
         return settings if len(self._starts) == 1 and said else f"{technique.title()}, {settings}"
 
