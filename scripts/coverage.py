@@ -27,6 +27,7 @@ import torch
 
 import workbench as wb
 from workbench.paths import shipped
+from workbench.techniques.repair import recalibrate
 
 TECHNIQUES = ("LowRank", "MagnitudePruning", "ChannelPruning", "Quantization", "WeightClustering")
 PEER = "Torch-Pruning"
@@ -62,10 +63,15 @@ def build(name: str) -> torch.nn.Module:
     return models.get_model(name, weights=None, **options).eval()
 
 
-def example(name: str) -> torch.Tensor:
-    """Return two random images of the size that the model is tried on."""
+def example(name: str, count: int = 2) -> torch.Tensor:
+    """Return random images of the size that the model is tried on."""
     size = next((pixels for start, pixels in SIZES.items() if name.startswith(start)), 64)
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def settled(name: str) -> torch.nn.Module:
+    """Return the model with its BatchNorm statistics measured, without which signals fade to 1e-10 or grow to 1e10."""
+    return recalibrate(build(name), [example(name, 8)])
 
 
 # --- the first process: compress and save ---------------------------------------------------------------------------
@@ -73,11 +79,11 @@ def example(name: str) -> torch.Tensor:
 
 def compress_all(name: str, folder: Path) -> dict[str, dict]:
     """Compress the model with each technique, and save what works into `folder`; return the steps by technique."""
-    model, images, cells = build(name), example(name), {}
+    model, images, cells = settled(name), example(name), {}
     for technique in TECHNIQUES:
         cells[technique] = tried(lambda cell, t=technique: compress(getattr(wb, t)(), model, images, folder / t, cell))
     del model
-    cells[PEER] = tried(lambda cell: prune_with_peer(build(name), images, folder / PEER, cell))
+    cells[PEER] = tried(lambda cell: prune_with_peer(settled(name), images, folder / PEER, cell))
     return cells
 
 

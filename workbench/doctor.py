@@ -190,7 +190,7 @@ def _sentence(error: Exception) -> str:
 def _reach(technique, model, example, data, trace, called) -> Reach:
     name = technique.__name__
     if technique.trains and data is None:
-        return Reach(name, NEEDS_DATA, "It trains: pass a data set to try it.")
+        return Reach(name, NEEDS_DATA, "it trains")
     try:
         small = technique().compress(model, example if data is None else data, _once)
     except ValueError as error:
@@ -242,7 +242,7 @@ def _reason(model: nn.Module, name: str, called: set[str]) -> str:
         return "it is not called: the code around it reads its weight, or never uses it"
     if getattr(layer, "groups", 1) > 1:
         return "it is a grouped convolution"
-    return "it is not of the kind that this technique changes, or would not become smaller"
+    return "this technique changes layers of another kind, or it would not become smaller"
 
 
 def _sound(small: nn.Module, model: nn.Module, example: Tensor) -> int:
@@ -266,7 +266,7 @@ def _lines(found: Diagnosis) -> list[str]:
     lines += [f"{check.name:<{width}}  {check.status:<8}  {check.detail}".rstrip() for check in found.checks]
     lines += ["", "Channels that can only be removed together:" if found.coupled else "No layers are coupled."]
     lines += [f"  {', '.join(group)}" for group in found.coupled]
-    lines += ["", f"{'technique':<24}  {'':<10}  {'layers':>9}  {'bytes':>12}"]
+    lines += ["", f"{'technique':<26}  {'':<10}  {'layers':>9}  {'bytes':>12}"]
     for each in found.techniques:
         lines += _technique_lines(each, len(found.layers))
     return lines
@@ -275,7 +275,9 @@ def _lines(found: Diagnosis) -> list[str]:
 def _technique_lines(reach: Reach, layers: int) -> list[str]:
     tried = reach.skipped is not None
     count, size = (f"{len(reach.reached)} of {layers}" if tried else ""), (f"{reach.size_bytes:,}" * bool(reach.size_bytes))
-    lines = [f"{reach.technique:<24}  {reach.status:<10}  {count:>9}  {size:>12}".rstrip()]
+    lines = [f"{reach.technique:<26}  {reach.status:<10}  {count:>9}  {size:>12}".rstrip()]
+    if reach.status == NEEDS_DATA:
+        return [f"{lines[0]}: {reach.detail}"]
     if reach.detail:
         lines.append(f"    {reach.detail}")
     by_reason: dict[str, list[str]] = {}
