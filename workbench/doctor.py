@@ -200,9 +200,7 @@ def _reach(technique, model, example, data, trace, called) -> Reach:
     layers = dict(weighted_layers(model))
     reached = tuple(layer for layer in layers if _changed(layers[layer], small, layer))
     reasons = trace.skipped if technique is ChannelPruning and trace else {}
-    skipped = {
-        layer: reasons.get(layer) or _reason(model, layer, called) for layer in layers if layer not in reached
-    }
+    skipped = {layer: reasons.get(layer) or _reason(model, layer, called) for layer in layers if layer not in reached}
     try:
         size = _sound(small, model, example)
     except Exception as error:
@@ -274,7 +272,10 @@ def _lines(found: Diagnosis) -> list[str]:
 
 def _technique_lines(reach: Reach, layers: int) -> list[str]:
     tried = reach.skipped is not None
-    count, size = (f"{len(reach.reached)} of {layers}" if tried else ""), (f"{reach.size_bytes:,}" * bool(reach.size_bytes))
+    count, size = (
+        (f"{len(reach.reached)} of {layers}" if tried else ""),
+        (f"{reach.size_bytes:,}" * bool(reach.size_bytes)),
+    )
     lines = [f"{reach.technique:<26}  {reach.status:<10}  {count:>9}  {size:>12}".rstrip()]
     if reach.status == NEEDS_DATA:
         return [f"{lines[0]}: {reach.detail}"]

@@ -62,7 +62,7 @@ def export_openvino(model: nn.Module, path: str | os.PathLike, example: Tensor) 
 
 def _written(model: nn.Module, path: Path, example: Tensor, write, run) -> Exported:
     """Write into a folder beside the target, run what lies there, and only then put it in place."""
-    model = clone(model)
+    model, example = clone(model).float(), example.float()  # half precision: the file computes, and is fed, in fp32
     expected = outputs(model, example)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, quiet(), torch.no_grad():
@@ -88,7 +88,7 @@ def _checked(model: nn.Module, answers: Tensor | None, expected: Tensor) -> floa
         return None
     difference = float((answers - expected.float()).abs().max() / expected.abs().max().clamp_min(1e-12))
     if not difference <= (TOLERANCE_ROUNDED if is_fake_quantized(model) else TOLERANCE):
-        raise ExportError(f"The file's answers differ from the model's by {difference:.2g} of the largest; not written.")
+        raise ExportError(f"The file's answers are {difference:.2g} of the largest one off the model's; not written.")
     return difference
 
 

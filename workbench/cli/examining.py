@@ -42,7 +42,7 @@ def shape_of(text: str) -> tuple[int, ...]:
 
 
 def built(word: str):
-    """Return (model, name) for a model's name, a .wb file, or module:function; raise ValueError saying what is wrong."""
+    """Return (model, name) for a model's name, a .wb file, or module:function; raises ValueError otherwise."""
     module, colon, function = word.partition(":")
     if not colon or Path(word).is_file():
         return model_named(word)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from workbench.runtimes.base import Kernel, Prepared, Runtime, precisions, quiet
 from workbench.runtimes.eager import bake, is_fake_quantized
+from workbench.surgery import clone
 from workbench.weights import FakeQuantize, InputQuantizer, WeightCode, describe, split_groups
 
 OPSET = 17  # has every operator needed, and is read by runtimes some years old
@@ -38,22 +39,22 @@ class RoundedInput(nn.Module):
 def onnx_model(model: nn.Module, example: Tensor) -> Any:
     """Return `model` as an onnx.ModelProto for batches of any size of inputs shaped like `example`.
 
-    Input and output are called "input" and "output". Raises ImportError without the package onnx.
+    Input and output are called "input" and "output", and are float32. Raises ImportError without the package onnx.
     """
     import onnx
 
-    codes = _rounded_weights(model)
-    plain = bake(model)
+    codes = _rounded_weights(clone(model).float())
+    plain = bake(model).float()
     for layer in list(plain.modules()):
         if isinstance(getattr(layer, "input_quantizer", None), InputQuantizer):
             layer.input_quantizer = RoundedInput(layer.input_quantizer)
-    graph = onnx.load_from_string(_exported(plain, example))
+    graph = onnx.load_from_string(_exported(plain, example.float()))
     _store_integers(graph.graph, codes)
     return graph
 
 
 def _rounded_weights(model: nn.Module) -> dict[str, WeightCode]:
-    """Return the codes of each parameter that is rounded to integers, by its name in a model without parametrizations."""
+    """Return the codes of each parameter that is rounded to integers, by its name in the baked model."""
     codes = {}
     for name, layer in model.named_modules():
         for tensor in getattr(layer, "parametrizations", {}):
