@@ -43,7 +43,7 @@ class Reach:
     """What one technique does to the model.
 
     `status`: "works"; "needs data", and so was not tried; "refused", with the technique's own sentence; "failed".
-    `reached`: the layers that change. `skipped`: the others, each with the reason. `size_bytes`: of the file, 0 without.
+    `reached`: the layers that change. `skipped`: the others, each with the reason. `size_bytes`: of the file, or 0.
     """
 
     technique: str
