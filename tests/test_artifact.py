@@ -27,10 +27,14 @@ from workbench.models import build
 from workbench.surgery import clone, replace_layer, weighted_layers
 from workbench.techniques import Quantization
 from workbench.weights import (
+    Cast,
+    Codebook,
     FakeQuantize,
     InputQuantizer,
     Mask,
+    NormalFloat,
     attach_input_quantizer,
+    describe,
     parametrize_weight,
     weight_parametrizations,
 )
@@ -144,6 +148,44 @@ def quantized(model, bits=8, per_channel=True, symmetric=True, inputs=False):
     return model
 
 
+def coded(model, make, names=("weight",)):
+    """Stack what `make` returns for a tensor on the tensors of these names in all layers that have them."""
+    model = clone(model)
+    for layer in list(model.modules()):
+        for name in names:
+            if isinstance(getattr(layer, name, None), torch.Tensor):
+                parametrize_weight(layer, make(getattr(layer, name).detach()), name)
+    return model
+
+
+def codebook(tensor, levels=(-0.4, -0.21, 0.0, 0.17, 0.55)):
+    levels = torch.tensor(levels)
+    return Codebook(levels, (tensor[..., None] - levels).abs().argmin(-1))
+
+
+def grouped(tensor, learned=False):
+    rows = tensor.reshape(len(tensor), -1)
+    scale = torch.stack([part.abs().amax(1) for part in rows.split(4, 1)], 1).clamp(min=1e-6) / 7
+    scale = nn.Parameter(scale) if learned else scale
+    return FakeQuantize(scale, torch.zeros_like(scale), 4, 0, group_size=4)
+
+
+def cast(dtype, scaled=None):
+    def make(tensor):
+        largest = {"tensor": tensor.abs().max, "channel": tensor.reshape(len(tensor), -1).abs().amax}
+        scale = None if scaled is None else largest[scaled](*[1] * (scaled == "channel")) / torch.finfo(dtype).max
+        return Cast(dtype, scale)
+
+    return make
+
+
+def normal_float(tensor):
+    return NormalFloat(torch.stack([part.abs().max() for part in tensor.reshape(-1).split(16)]), 16)
+
+
+NORMS = ("weight", "bias", "running_mean", "running_var")
+
+
 def low_rank(model, name):
     """Replace a 3×3 convolution by two, as a factorization does."""
     model = clone(model)
@@ -199,6 +241,22 @@ def cases():
     yield "own-narrow", narrow(own())
     yield "own-narrow-masked-quantized", quantized(masked(narrow(own())), 4)
     yield "own-half", own().half()
+    yield "own-clustered", coded(own(), codebook)
+    yield "own-masked-clustered", coded(masked(own(), 0.9), codebook)
+    yield "own-clustered-masked", masked(coded(own(), codebook), 0.9)
+    yield "own-no-zero-level-masked", masked(coded(own(), lambda t: codebook(t, (-0.4, 0.3, 0.5))), 0.9)
+    yield "own-half-clustered", coded(own().half(), lambda t: codebook(t.float()))
+    yield "own-in-groups", coded(own(), grouped)
+    yield "own-masked-in-groups-learned", coded(masked(own()), lambda t: grouped(t, learned=True))
+    for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+        for scaled in (None, "tensor", "channel"):
+            name = f"own-{str(dtype).removeprefix('torch.')}-{scaled}"
+            yield name, coded(masked(own()) if scaled else own(), cast(dtype, scaled))
+    yield "own-normal-float", coded(own(), normal_float)
+    yield "own-masked-normal-float", masked(coded(own(), normal_float))
+    yield "own-biases-and-norms", coded(own(), codebook, NORMS)
+    yield "own-biases-and-norms-cast", masked(coded(own(), cast(torch.float16), NORMS))
+    yield "lenet-5-sparse", coded(masked(filled(build("lenet-5", seed=0)), 0.993), codebook, ("weight", "bias"))
     yield "own-bfloat16-masked", masked(own().bfloat16())
     yield "own-double", own().double()
     yield "sequential", plain_sequential()
@@ -247,13 +305,15 @@ def test_layers_masks_and_quantizers_come_back(name):
     for (_, before), (_, after) in zip(weighted_layers(model), weighted_layers(loaded), strict=True):
         assert torch.equal(before.weight, after.weight) and before.weight.dtype == after.weight.dtype
         assert list(map(type, weight_parametrizations(before))) == list(map(type, weight_parametrizations(after)))
+        assert describe(before).kind == describe(after).kind
         assert hasattr(before, "input_quantizer") == hasattr(after, "input_quantizer")
         assert before.extra_repr() == after.extra_repr()
     for before, after in zip(input_quantizers(model), input_quantizers(loaded), strict=True):
         assert before.scale == after.scale and before.zero_point == after.zero_point
     for before, after in zip(weight_quantizers(model), weight_quantizers(loaded), strict=True):
         assert (before.bits, before.axis, before.symmetric) == (after.bits, after.axis, after.symmetric)
-        assert torch.equal(before.scale, after.scale) and torch.equal(before.zero_point, after.zero_point)
+        assert torch.equal(before.step, after.scale) and before.group_size == after.group_size
+        assert torch.equal(before.zero_point, after.zero_point)
     assert getattr(loaded, "architecture", None) == getattr(model, "architecture", None)
 
 
@@ -269,6 +329,18 @@ def input_quantizers(model):
 def test_saving_what_was_loaded_gives_the_same_file(name):
     data = encode(CASES[name])
     assert encode(decode(data, like_for(name))) == data
+
+
+def test_a_loaded_codebook_still_trains_and_stays_tied():
+    model = own()
+    book = codebook(model.hidden.weight)
+    for layer in (model.hidden, model.tied):
+        parametrize_weight(layer, Codebook(book.levels, book.assigned))
+    loaded = decode(encode(model), Net())
+    levels = [layer.parametrizations.weight[0].levels for layer in (loaded.hidden, loaded.tied)]
+    assert levels[0] is levels[1] and torch.equal(levels[0], book.levels)
+    loaded(example(loaded)).sum().backward()
+    assert levels[0].grad.abs().sum() > 0
 
 
 def test_a_loaded_quantized_model_still_gets_integer_kernels():
@@ -439,6 +511,32 @@ def test_eight_bits_make_the_file_nearly_four_times_smaller():
     assert ledger(quantized(filled(build("glyphs-cnn")), 8, inputs=True)).ratio > 3.8
 
 
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        ("own-clustered", "clustered"),
+        ("own-in-groups", "quantized"),
+        ("own-float16-None", "cast"),
+        ("own-normal-float", "normal-float"),
+    ],
+)
+def test_the_ledger_names_the_kind_and_counts_levels_and_scales_as_tables(case, kind):
+    row = next(row for row in ledger(CASES[case]).rows if row.name == "second.weight")
+    assert row.kind == kind and bool(row.table_bytes) == (kind != "cast")
+
+
+def test_a_sparse_model_of_a_known_name_has_almost_no_overhead():
+    account = ledger(CASES["lenet-5-sparse"])
+    assert account.header_bytes < 50 and account.total_bytes < 6000
+
+
+def test_levels_and_scales_take_the_shortest_exact_form():
+    bytes_of = lambda levels: ledger(coded(nn.Linear(40, 40), lambda t: codebook(t, levels))).rows[1].table_bytes
+    steps, half, full = (torch.tensor([-0.3, -0.1, 0.1, 0.2]) * s for s in (1, 1, 1))
+    steps, half = (steps * 64).round() / 64, half.half().float()
+    assert bytes_of(steps.tolist()) < bytes_of(half.tolist()) < bytes_of(full.tolist())
+
+
 def test_encoding_keeps_up_with_a_slider():
     model = quantized(filled(build("lenet-5")), 8)
     encode(model)
@@ -497,6 +595,49 @@ def prefer(sizes, key, form):
     return form if form in sizes else "fixed"
 
 
+MATRICES = st.tuples(st.integers(1, 12), st.integers(1, 40)).flatmap(
+    lambda shape: arrays(np.int32, shape, elements=st.sampled_from([0, 0, 0, 0, 1, -1, 7, -255, 255]))
+)
+
+
+def through_contexts(levels, few):
+    """Write a matrix and read it back, with at most `few` numbers coded one by one; return it and the bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contexts, "FEW", few)
+        trial = coding.Trial.of(levels.shape, levels.reshape(-1), contexts.Stream(), with_values=True)
+        played = contexts.read_stream(bytes(trial.stream))
+        assert sum(trial.streamed) == trial.stream.size
+        return coding._read_context(played, levels.shape).reshape(levels.shape), trial.stream.size, played
+
+
+@given(MATRICES, st.sampled_from([0, 5, 3072]))
+def test_a_matrix_comes_back_through_its_contexts(levels, few):
+    found, _, played = through_contexts(levels, few)
+    assert np.array_equal(found, levels) and played.is_empty()
+
+
+@pytest.mark.parametrize("shape", [(2**11, 2**10), (3, 0)])
+def test_shapes_that_take_too_long_are_refused_in_reading(shape):
+    with pytest.raises(ArtifactError, match="coded by its structure, which is not done"):
+        contexts.code_places(contexts.Player(contexts.read_stream(b"")), shape)
+
+
+@pytest.mark.parametrize("few", [0, 3072])
+def test_rows_and_columns_that_differ_take_fewer_bits_than_their_entropy(few):
+    generator = np.random.default_rng(0)
+    chance = np.outer(generator.exponential(size=200) ** 2, generator.exponential(size=300) ** 2) * 0.01
+    levels = (generator.random(chance.shape) < chance).astype(np.int32)
+    part = levels.mean()
+    entropy_bytes = -(part * np.log2(part) + (1 - part) * np.log2(1 - part)) * levels.size / 8
+    assert through_contexts(levels, few)[1] < 0.85 * entropy_bytes
+
+
+def test_a_matrix_without_structure_takes_little_more_than_its_entropy():
+    levels = (np.random.default_rng(0).random((300, 300)) < 0.02).astype(np.int32)
+    entropy_bytes = -(0.02 * np.log2(0.02) + 0.98 * np.log2(0.98)) * levels.size / 8
+    assert through_contexts(levels, 3072)[1] < 1.05 * entropy_bytes
+
+
 @pytest.mark.parametrize("spread", (0.3, 1, 3, 12, 40))
 def test_entropy_coding_comes_close_to_the_entropy(spread):
     symbols = np.random.default_rng(0).laplace(0, spread, 100_000).round().clip(-127, 127).astype(np.int32)
@@ -515,6 +656,13 @@ def test_files_of_today_are_read_tomorrow():
     assert np.array_equal(coding.entropy_decode(Reader(bytes.fromhex(GOLDEN_STREAM)), 90), symbols)
     model = decode(bytes.fromhex(GOLDEN_FILE))
     assert torch.equal(model[0].weight, golden_model()[0].weight)
+    assert encode(golden_model()).hex() == GOLDEN_FILE
+    levels = ((np.arange(600) ** 2 // 7 % 31 == 0) * (np.arange(600) % 5 - 7)).astype(np.int32).reshape(20, 30)
+    for few, stream in GOLDEN_CONTEXTS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(contexts, "FEW", few)
+            trial = coding.Trial.of(levels.shape, levels.reshape(-1), contexts.Stream(), with_values=True)
+        assert bytes(trial.stream).hex() == stream
     assert model(torch.ones(1, 6)).tolist() == golden_model()(torch.ones(1, 6)).tolist()
 
 
@@ -530,9 +678,13 @@ def golden_model():
 
 GOLDEN_STREAM = "fdff0813237d68e01db30560fd4f511b70be99325b95f97a5765b63c6e55358c20f73e5b4447"
 GOLDEN_FILE = (
-    "57424e434801407aab56ca49ac4c2d2a56b2aa5652b28a560a4e2d2c4dcd2bc94ccc51d25132508a051140619fccbcd4c422251d331da3d8"
-    "5a1da5ccbc82d212a09e68c3d85a00000000003f000080be0452010000803e0000003f0001feff024c20710000003e0739b3d28e"
+    "574202197aab46710c86a363418415c25766c01001ea853bc830b6160000000000003f000080be259202fe03b80001feff024c20710000"
+    "003e07b9e9c5d4"
 )
+GOLDEN_CONTEXTS = {
+    0: "fc6c4881df97b1f82edf2b42722d9efe8d1f8fc8b2cfa8e6d96802fc8f0854caaade00446908308f088e78d4bc3da001",
+    3072: "171dfab05cb58ff0d03deaf20d01524688b4ed5b14fb88b15d4358450b4d1154e11b6e51ad3e7c48b80608",
+}
 
 
 # --- damage, foreign files, wrong models ----------------------------------------------------------------------------
@@ -573,6 +725,11 @@ def test_a_forged_file_gives_a_model_or_a_clear_error(data):
 
 
 SMALL_FILES = [
+    encode(CASES["own-masked-clustered"]),
+    encode(CASES["own-masked-normal-float"]),
+    encode(CASES["own-float8_e4m3fn-channel"]),
+    encode(CASES["own-masked-in-groups-learned"]),
+    encode(CASES["lenet-5-sparse"]),
     encode(golden_model()),
     encode(masked(plain_sequential())),
     encode(quantized(filled(build("glyphs-cnn", width=0.05)), 4, inputs=True)),
@@ -614,6 +771,11 @@ def test_a_deflated_bomb_is_refused():
     bomb = b"z" + shrink.compress(b" " * 2**26) + shrink.flush()
     with pytest.raises(ArtifactError, match="header"):
         decode(with_checksum(b"WB\x02" + writing.varint(len(bomb)) + bomb))
+
+
+def test_a_file_of_the_first_format_says_so():
+    with pytest.raises(ArtifactError, match=r"format 1, .* save the model again"):
+        decode(b"WBNCH" + SMALL)
 
 
 def test_a_later_format_asks_for_an_update():

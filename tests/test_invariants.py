@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import toy
-from torch import nn
 
 import workbench as wb
 from workbench.invariants import Invariants, Promises, broken
 from workbench.surgery import clone
-from workbench.weights import Codebook, Mask, bake_weights, parametrize_weight
+from workbench.weights import Mask, bake_weights
 
 
 @pytest.fixture(scope="module")
@@ -34,31 +33,21 @@ class Baked(wb.Technique):
         return bake_weights(clone(model))
 
 
-class Clustered(wb.Technique):
-    """Sixteen levels at equal distances for each weight, zero among them."""
-
-    def compress(self, model, data=None, watch=None):
-        small = clone(model)
-        for layer in (layer for layer in small.modules() if isinstance(layer, nn.Linear | nn.Conv2d)):
-            weight = layer.weight.detach()
-            levels = torch.linspace(-1, 1, 16) * weight.abs().max()
-            levels[8] = 0
-            parametrize_weight(layer, Codebook(levels, (weight[..., None] - levels).abs().argmin(-1)))
-        return small
-
-
 PRUNE, CUT = wb.MagnitudePruning(sparsity=0.8), wb.ChannelPruning(sparsity=0.5)
 BITS, TRAIN = wb.Quantization(weight_bits=4), wb.FineTune(epochs=1)
+CLUSTER = wb.WeightClustering(bits=4)
 
 ONE_SHOT = {"prune": PRUNE, "2:4": wb.SemiStructuredPruning(), "cut": CUT, "round": BITS}
 
 GOOD = {
     "prune, train": [PRUNE, TRAIN],
     "prune, round, train": [PRUNE, BITS, TRAIN],
-    "prune, cluster, train": [PRUNE, Clustered(), TRAIN],
-    "cluster, prune": [Clustered(), PRUNE],
+    "prune, cluster, train": [PRUNE, CLUSTER, TRAIN],
+    "cluster, prune": [CLUSTER, PRUNE],
     "cut, prune, round, train": [CUT, PRUNE, BITS, TRAIN],
-    "prune, cluster, round, cut": [PRUNE, Clustered(), wb.Quantization(granularity="tensor"), CUT],
+    "round coarsely, train": [wb.Quantization(weight_bits=3), wb.FineTune(epochs=1, learning_rate=3e-3)],
+    "cluster, round, train": [CLUSTER, wb.Quantization(weight_bits=8), TRAIN],
+    "prune, cluster, round, cut": [PRUNE, CLUSTER, wb.Quantization(weight_bits=8), CUT],
     "prune, prune harder": [PRUNE, wb.MagnitudePruning(sparsity=0.9)],
     "cut, born again": [CUT, wb.SelfDistillation(epochs=1)],
     "factor, prune, round": [wb.LowRank(rank=0.3), PRUNE, BITS],
@@ -67,9 +56,9 @@ GOOD = {
 NAIVE = {
     "training after baking": ([PRUNE, Baked(), TRAIN], 2, ["Fine tune filled", "undoes Magnitude pruning"]),
     "rounding each channel of clusters": (
-        [Clustered(), wb.Quantization(weight_bits=8)],
-        1,
-        ["Quantization left up to", "distinct values in a weight that had 16", "undoes Clustered"],
+        [CLUSTER, Baked(), wb.Quantization(weight_bits=8)],
+        2,
+        ["Quantization left up to", "distinct values in a weight that had 16", "undoes Weight clustering"],
     ),
     "factoring a pruned layer": ([PRUNE, wb.LowRank(rank=0.4)], 1, ["Low rank filled", "undoes Magnitude pruning"]),
     "factoring a rounded layer": (
@@ -82,7 +71,7 @@ NAIVE = {
         2,
         ["Fine tune left weights in 32 bits that had 4"],
     ),
-    "training after baking clusters": ([Clustered(), Baked(), TRAIN], 2, ["that had 16", "undoes Clustered"]),
+    "training after baking clusters": ([CLUSTER, Baked(), TRAIN], 2, ["that had 16", "undoes Weight clustering"]),
     "born again without the mask": (
         [PRUNE, wb.SelfDistillation(epochs=1)],
         1,
@@ -155,13 +144,14 @@ def test_run_gives_the_models_of_compress_and_leaves_the_given_one_alone(model, 
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_channel_pruning_takes_masks_scales_and_symbols_along(model, data):
-    *_, before, after = reports([PRUNE, Clustered(), BITS, CUT], model, data)
+@pytest.mark.parametrize("rounding", [CLUSTER, BITS])
+def test_channel_pruning_takes_masks_scales_and_symbols_along(rounding, model, data):
+    *_, before, after = reports([PRUNE, rounding, CUT], model, data)
     for name in ("0", "3", "7"):
-        mask, book, quantizer = after.model.get_submodule(name).parametrizations.weight
-        shape = after.model.get_submodule(name).weight.shape
-        assert isinstance(mask, Mask) and mask.mask.shape == shape and book(torch.empty(shape)).shape == shape
-        assert len(quantizer.scale) == shape[0] < before.model.get_submodule(name).weight.shape[0]
+        old, new = (report.model.get_submodule(name) for report in (before, after))
+        mask, coder = new.parametrizations.weight
+        assert isinstance(mask, Mask) and mask.mask.shape == new.weight.shape != old.weight.shape
+        assert torch.isin(new.weight, old.weight).all() and coder(new.weight).shape == new.weight.shape
 
 
 def test_a_stopped_stage_keeps_what_it_has(model, data):

@@ -372,7 +372,7 @@ def test_page_that_opened_meanwhile_is_sent_everything(opened):
     shown, sent = opened(), []
     shown.figure.observe(lambda change: sent.append(change["new"]), "_py2js_update")
     shown.header.opened = 1.0
-    marks = dict(zip(shown._traces, sent[0]["style_data"]["x"], strict=True))
+    marks = dict(zip(shown.drawing._traces, sent[0]["style_data"]["x"], strict=True))
     assert marks["tradeoff-now"] == [shown.point.size_bytes] and len(marks["latency-now"]) > 0
 
 

@@ -29,6 +29,7 @@ _HOME = {
         "Float8",
         "GPTQ",
         "GradualPruning",
+        "KEEP_SIZE",
         "LayerDropping",
         "LoRA",
         "LowRank",

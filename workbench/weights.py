@@ -87,8 +87,9 @@ class FakeQuantize(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         if self.group_size is None:
             return self._round(weight)
-        rows = split_groups(weight.flatten(1), self.group_size)
-        return join_groups(self._round(rows), weight.flatten(1).shape[1]).reshape(weight.shape)
+        length = prod(weight.shape[1:])
+        rows = split_groups(weight.reshape(-1, length), self.group_size)
+        return join_groups(self._round(rows), length).reshape(weight.shape)
 
     def _round(self, rows: Tensor) -> Tensor:
         scale, zero = self.step, self.zero_point

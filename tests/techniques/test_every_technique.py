@@ -19,7 +19,6 @@ CASES = {
     "CPDecomposition": (wb.CPDecomposition, {"sweeps": 2}, "rank"),
     "DepthwiseSeparable": (wb.DepthwiseSeparable, {}, "multiplier"),
     "PointwiseConvolution": (wb.PointwiseConvolution, {}, "replaced"),
-    "LoRA": (wb.LoRA, {}, "rank"),
     "MagnitudePruning": (wb.MagnitudePruning, {}, "sparsity"),
     "GradualPruning": (wb.GradualPruning, {"epochs": 1}, "sparsity"),
     "MovementPruning": (wb.MovementPruning, {"epochs": 1}, "sparsity"),
@@ -45,14 +44,13 @@ CASES = {
     "DistillationRelational": (wb.DistillationRelational, {"epochs": 1}, "width"),
 }
 REMOVES = {"sparsity", "replaced", "pattern", "part", "strength"}  # settings whose high end compresses most
-ADAPTS = {wb.LoRA}  # adds to a model what it learns: its file grows with the slider
 
 
 @pytest.fixture(scope="module")
 def data():
-    """A few hundred glyphs: enough to calibrate, and one epoch of it lasts a second."""
+    """A few hundred glyphs: enough to calibrate, and one epoch of it is two steps."""
     glyphs = wb.load_data("glyphs")
-    return replace(glyphs, train=glyphs.train.take(600), val=glyphs.val.take(200), test=glyphs.test.take(200))
+    return replace(glyphs, train=glyphs.train.take(256), val=glyphs.val.take(128), test=glyphs.test.take(128))
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +98,7 @@ def test_both_ends_run_and_the_file_shrinks_along_the_slider(case, model, data):
         assert torch.isfinite(small(data.example(4))).all()
         assert not small.training
     sizes = [len(wb.encode(m)) for m in (model, gentle, middle, hard)]
-    if CASES[case][0] in ADAPTS:
-        assert sizes[0] < sizes[3] < sizes[2] < sizes[1]
-    else:
-        assert sizes[0] >= sizes[1] > sizes[2] > sizes[3]
+    assert sizes[0] >= sizes[1] > sizes[2] > sizes[3]
 
 
 @pytest.mark.parametrize("case", CASES)

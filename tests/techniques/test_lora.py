@@ -150,3 +150,12 @@ def test_what_it_needs_is_said(model):
         wb.LoRA().compress(model, torch.zeros(1, 1, 16, 16))
     with pytest.raises(ValueError, match="no linear or ungrouped convolution layer"):
         wb.LoRA().compress(nn.Sequential(nn.Flatten()), toy.data(8, 8))
+
+
+def test_no_epochs_change_nothing_and_the_given_model_is_untouched(model, data, adapted):
+    x = images(data)
+    before = model(x)
+    assert torch.equal(wb.LoRA.neutral().compress(model)(x), before)
+    wb.LoRA().compress(model, replace(data, train=data.train.take(128)))
+    assert torch.equal(model(x), before) and not model.training and not adapted.training
+    assert [type(layer) for layer in model] == [nn.Conv2d, nn.BatchNorm2d, *[type(layer) for layer in toy.model()][1:]]

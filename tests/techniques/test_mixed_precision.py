@@ -54,7 +54,7 @@ def test_within_the_budget_and_never_worse_than_the_same_bits_for_all(layers, bu
 
 
 def test_a_budget_below_two_bits_is_refused():
-    with pytest.raises(ValueError, match="budget is 1.5 bits a weight; 2 is the least"):
+    with pytest.raises(ValueError, match=r"budget is 1\.5 bits a weight; 2 is the least"):
         allocate_bits([convex(1.0)], [10], 1.5)
 
 

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import workbench as wb
+from workbench.surgery import clone
 from workbench.techniques.replacing import replaceable_layers
+from workbench.weights import bake_weights
 
 ONE_SHOT = [
     wb.LowRank(rank=0.25),
@@ -77,15 +79,17 @@ def test_shared_tensors_stay_shared_and_a_layer_used_twice_is_replaced_twice():
 
 
 @pytest.mark.parametrize("technique", ONE_SHOT, ids=NAMES)
-def test_what_earlier_stages_hold_stays_and_where_they_hold_all_the_order_is_named(technique):
-    model = net()
-    pruned = wb.MagnitudePruning(sparsity=0.5).compress(model)
-    with pytest.raises(ValueError, match=r"carries a mask or codes .* Put this stage before"):
-        technique.compress(pruned)
-    partly = nn.Sequential(pruned, nn.Unflatten(1, (10, 2, 2)), nn.Conv2d(10, 30, 3, padding=1)).eval()
-    small = technique.compress(partly)
-    assert torch.equal(small[0][0].weight, pruned[0].weight)
-    assert sum(p.numel() for p in small.parameters()) <= sum(p.numel() for p in partly.parameters())
+@pytest.mark.parametrize("stage", [wb.MagnitudePruning(sparsity=0.5), wb.NormalFloat4()], ids=["masked", "coded"])
+def test_weights_that_an_earlier_stage_holds_are_taken_as_they_are_used(technique, stage):
+    held = stage.compress(net())
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(technique.compress(held)(x), technique.compress(bake_weights(clone(held)))(x))
+
+
+def test_tied_weights_are_seen_under_a_mask():
+    model = net(nn.Linear(40, 40), nn.Linear(40, 40))
+    model[7].weight = model[6].weight
+    assert names(wb.MagnitudePruning(sparsity=0.5).compress(model)) == ["0", "3", "5"]
 
 
 @pytest.mark.parametrize("technique", ONE_SHOT, ids=NAMES)

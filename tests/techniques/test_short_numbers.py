@@ -96,7 +96,7 @@ def test_the_largest_layers_come_first_and_shared_ones_together():
 def test_a_weight_that_does_not_fit_is_refused():
     model = model_of()
     model[2].weight.data[0, 0] = 1e6
-    with pytest.raises(ValueError, match="layer '2' reaches 1e.06, and float16 ends at 65504; use BFloat16"):
+    with pytest.raises(ValueError, match=r"layer '2' reaches 1e\+06, and float16 ends at 65504; use BFloat16"):
         wb.Float16().compress(model)
     assert float(wb.BFloat16().compress(model)[2].weight[0, 0]) == pytest.approx(1e6, rel=0.01)
 

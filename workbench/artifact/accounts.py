@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field
 class LedgerRow:
     """One tensor in the file.
 
-    `kind`: "dense", "masked" or "quantized" for weights, "other" for biases, normalization and buffers, "input
-    quantizer" for the range of a layer's input. `formula_bytes` is what a slide would say: bits × numbers / 8, zeros of
-    a mask free. `candidates`: bytes of each way to write it; `chosen` is the smallest ("tied": written before).
+    `kind`: "dense", "masked", "quantized", "clustered", "cast" or "normal-float" for weights, and for biases and
+    normalization where something lies on them, which else are "other"; "input quantizer" for the range of a layer's
+    input. `formula_bytes` is what a slide would say: bits × numbers / 8, zeros of a mask free. `candidates`: bytes of
+    each way to write it; `chosen` is the smallest ("tied": written before). Scales and levels count as tables.
     """
 
     name: str

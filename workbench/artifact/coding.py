@@ -189,7 +189,7 @@ def code_words(
     kept = words != 0
     sizes, trial = {"fixed": words.nbytes}, None
     if not kept.all():
-        values_bytes = np.count_nonzero(kept) * words.itemsize
+        values_bytes = int(np.count_nonzero(kept)) * words.itemsize
         mask = kept.astype(np.int32)
         table, index = entropy_encode(mask, *histogram(mask))
         sizes |= {"bitmask": packed_size(len(kept), 1) + values_bytes, "entropy": len(table + index) + values_bytes}

@@ -106,6 +106,10 @@ def fits(shape: tuple[int, ...]) -> bool:
 
 def code_places(coder, shape: tuple[int, ...], kept: np.ndarray | None = None) -> np.ndarray:
     """Code where a tensor is not zero; `kept`: (numbers,) bool to write, None to read. Returns the same, (numbers,)."""
+    if not fits(shape):
+        raise ArtifactError(
+            f"a tensor of shape {shape} in it is coded by its structure, which is not done; save it again."
+        )
     rows = shape[0] if len(shape) > 1 else 1
     columns = prod(shape) // rows
     kept = None if kept is None else kept.reshape(rows, columns)

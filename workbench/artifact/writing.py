@@ -298,7 +298,7 @@ def _mask_position(layer: nn.Module, name: str, coder: nn.Module | None) -> int:
 
 
 def _table(numbers: Tensor) -> tuple[int, bytes]:
-    """Return numbers as bytes in the shortest of the ways that hold them exactly, and the place of that way in TABLES."""
+    """Return numbers as bytes in the shortest way that holds them exactly, and the place of that way in TABLES."""
     numbers = numbers.detach().cpu().float().reshape(-1)
     ways = {i: _words(numbers.to(dtype)).tobytes() for i, dtype in enumerate(TABLES) if _holds(dtype, numbers)}
     steps = _in_steps(numbers.double().numpy())

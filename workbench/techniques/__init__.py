@@ -1,4 +1,7 @@
-"""One file a technique, grouped by family; `TECHNIQUES` lists them in the order of the notebooks."""
+"""One file a technique, grouped by family; `TECHNIQUES` lists them in the order of the notebooks.
+
+`KEEP_SIZE` lists those that make nothing smaller but bring accuracy, before or after the others.
+"""
 
 from workbench.techniques.clustering import WeightClustering
 from workbench.techniques.coding import EntropyAwareTraining
@@ -40,7 +43,6 @@ TECHNIQUES = (
     CPDecomposition,
     DepthwiseSeparable,
     PointwiseConvolution,
-    LoRA,
     MagnitudePruning,
     GradualPruning,
     MovementPruning,
@@ -63,8 +65,9 @@ TECHNIQUES = (
     Distillation,
     DistillationFeatures,
     DistillationRelational,
-    SelfDistillation,
     EntropyAwareTraining,
 )
 
-__all__ = ["TECHNIQUES", "FineTune", *(technique.__name__ for technique in TECHNIQUES)]
+KEEP_SIZE = (SelfDistillation, FineTune, LoRA)
+
+__all__ = ["KEEP_SIZE", "TECHNIQUES", *(technique.__name__ for technique in (*TECHNIQUES, *KEEP_SIZE))]

@@ -20,12 +20,12 @@ PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 T = TypeVar("T")
 
 
-def replaceable_layers(model: nn.Module, held: bool = False) -> list[tuple[str, nn.Module]]:
+def replaceable_layers(model: nn.Module, held: bool = True) -> list[tuple[str, nn.Module]]:
     """Return (name, layer) of each linear and each ungrouped convolution layer that others can stand in for.
 
     Left out are layers that share a tensor with another layer; that have a forward of their own; whose weight the code
     around them reads, as attention does; and, unless `held`, those that carry a mask, codes or an input quantizer of an
-    earlier stage, which new layers could not keep. Raises ValueError where that leaves none of many.
+    earlier stage. Raises ValueError where that leaves none of many.
     """
     single = [(name, layer) for name, layer in weighted_layers(model) if getattr(layer, "groups", 1) == 1]
     kept = [] if held else [name for name, layer in single if _is_held(layer)]
@@ -40,7 +40,7 @@ def replaceable_layers(model: nn.Module, held: bool = False) -> list[tuple[str, 
         for name, layer in single
         if model_class(layer) in PLAIN
         and name not in kept
-        and all(uses[id(p)] == 1 for p in layer._parameters.values() if p is not None)
+        and all(uses[id(p)] == 1 for p in layer.parameters())
         and not _is_read(model, name)
     ]
 

@@ -1,17 +1,18 @@
 """Weight clustering: let all weights of a layer share a few values, found by k-means.
 
-Idea: a layer needs few different values. Group its weights into 2^bits clusters, replace each weight by the mean of its
-cluster, and store the cluster's number with a small table of means. The table keeps training: a mean moves by the summed
-gradient of its weights.
+Idea: a layer needs few different values. Group its weights into 2^bits clusters, replace each weight by the mean of
+its cluster, and store the cluster's number with a small table of means. The table keeps training: a mean moves by the
+summed gradient of its weights.
 
 Settings: `bits` of a stored weight, so 2 to 256 shared values. `initial` says where the means start: evenly from the
 smallest weight to the largest (linear), at evenly spaced quantiles (density), or at random far from one another
-(k-means++, the best of several tries). `scope` "layer" finds values for each layer, "global" one set for all. `finetune`,
-epochs of training of the shared values afterwards. `seed` of k-means++. Pruned weights stay zero, and zero is one of the
-values. A layer with no more different weights than values keeps them all, exactly.
+(k-means++). From there on, clusters that hardly matter are exchanged for ones that do, so that the start matters less
+than it does for plain k-means. `scope` "layer" finds values for each layer, "global" one set for all.
+`finetune`, epochs of training of the shared values afterwards. `seed` of k-means++. Pruned weights stay zero, and zero
+is one of the values. A layer with no more different weights than values keeps them all, exactly.
 
 When it helps: the file. The values may lie anywhere, unlike the even steps of integers, so at 2 to 4 bits less is lost,
-and entropy coding makes use of frequent ones. Linear starts keep the few large weights, which matter most.
+and entropy coding makes use of frequent ones.
 
 When it does not: speed and memory. No kernel here looks weights up in a table, so OpenVINO and torch compute with them
 in fp32 as before: the file shrinks, the time does not. At 8 bits it gains nothing over rounding to integers, which
@@ -23,8 +24,10 @@ Source: Han et al., 2016, arXiv:1510.00149; Arthur and Vassilvitskii, 2007, doi:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,106 +37,140 @@ from workbench.techniques.repair import finetune
 from workbench.weights import Codebook, finite_weight, parametrize_weight, weight_parametrizations
 
 INITIAL = ("linear", "density", "k-means++")
-ROUNDS = 300  # of assigning and averaging, at most
-TRIES = 4  # of k-means++
+ROUNDS = 60  # of assigning and averaging, at most
+EXCHANGES = 20  # of clusters that hardly matter for ones that do, at most
+WORTH = 1.05  # how much more a split must gain than the join costs
 SAMPLE = 4096  # values that k-means++ draws from
 
 
 @dataclass(frozen=True)
 class SortedValues:
-    """Values in order, float64 (n,), and the sums of the first 0 … n of them: what makes each round quick."""
+    """The values that are not zero, in order, float64 (n,), and the sums of the first 0 … n: each round is quick.
 
-    values: Tensor
-    sums: Tensor
-    squares: Tensor
-    distinct: Tensor
+    `places`: (n,), where each lies among all `total` values.
+    """
+
+    values: np.ndarray
+    sums: np.ndarray
+    squares: np.ndarray
+    places: np.ndarray
+    total: int
 
     @classmethod
     def of(cls, values: Tensor) -> SortedValues:
         """Sort finite numbers of any shape."""
-        ordered = values.detach().flatten().double().sort().values
-        zero = ordered.new_zeros(1)
-        sums, squares = (torch.cat([zero, part.cumsum(0)]) for part in (ordered, ordered.square()))
-        return cls(ordered, sums, squares, ordered.unique_consecutive())
+        flat = values.detach().flatten().float()
+        kept = flat.nonzero().flatten()
+        found = flat[kept].sort()
+        ordered = found.values.numpy().astype(np.float64)
+        sums, squares = (np.concatenate([[0.0], part.cumsum()]) for part in (ordered, ordered**2))
+        return cls(ordered, sums, squares, kept[found.indices].numpy(), len(flat))
 
-    def clusters(self, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return how many values are nearest to each of the sorted centroids (k,), their sums and sums of squares."""
-        ends = torch.searchsorted(self.values, (centroids[1:] + centroids[:-1]) / 2, right=True)
-        ends = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), len(self.values))])
-        return ends.diff(), self.sums[ends].diff(), self.squares[ends].diff()
+    @cached_property
+    def distinct(self) -> np.ndarray:
+        """Every value once, in order."""
+        return self.values[np.append(True, self.values[1:] != self.values[:-1])[: len(self.values)]]
 
-    def inertia(self, centroids: Tensor) -> float:
+    def ends(self, centroids: np.ndarray) -> np.ndarray:
+        """Return where in the order the values nearest to each of the sorted centroids (k,) begin and end: (k + 1,)."""
+        middles = (centroids[1:] + centroids[:-1]) / 2
+        return np.concatenate([[0], self.values.searchsorted(middles, side="right"), [len(self.values)]])
+
+    def means(self, ends: np.ndarray, empty: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many values lie between these places, and their mean; where there are none, `empty`."""
+        counts = np.diff(ends)
+        return counts, np.where(counts > 0, np.diff(self.sums[ends]) / np.maximum(counts, 1), empty)
+
+    def inertia(self, centroids: np.ndarray) -> float:
         """Return the summed squared distance of each value to the nearest of the sorted centroids."""
-        counts, sums, squares = self.clusters(centroids)
-        return float((squares - 2 * centroids * sums + counts * centroids.square()).sum())
+        ends = self.ends(centroids)
+        sums, squares = np.diff(self.sums[ends]), np.diff(self.squares[ends])
+        return float((squares - 2 * centroids * sums + np.diff(ends) * centroids**2).sum())
 
 
-def initial_centroids(data: SortedValues, count: int, initial: str, generator: torch.Generator | None = None) -> Tensor:
+def initial_centroids(data: SortedValues, count: int, initial: str, random: np.random.Generator) -> np.ndarray:
     """Return `count` sorted starting points, float64, chosen in one of the ways INITIAL."""
     values = data.values
     if initial == "linear":
-        return torch.linspace(float(values[0]), float(values[-1]), count, dtype=values.dtype)
+        return np.linspace(values[0], values[-1], count)
     if initial == "density":
-        places = (torch.arange(count, dtype=values.dtype) + 0.5) / count * len(values)
-        return values[places.long().clamp(max=len(values) - 1)]
-    return _far_apart(values, count, generator)
+        return values[((np.arange(count) + 0.5) / count * len(values)).astype(int)]
+    return _far_apart(values, count, random)
 
 
-def _far_apart(values: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+def _far_apart(values: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
     """Draw each next point with a chance that grows with its squared distance from those drawn before."""
-    pool = values[torch.linspace(0, len(values) - 1, min(SAMPLE, len(values))).long()]
-    first = torch.randint(len(pool), (1,), generator=generator)
-    drawn, distance = [first], (pool - pool[first]).square()
+    pool = values[np.linspace(0, len(values) - 1, min(SAMPLE, len(values))).astype(int)]
+    drawn = [pool[random.integers(len(pool))]]
+    distance = (pool - drawn[0]) ** 2
     for _ in range(count - 1):
-        weights = distance if float(distance.sum()) > 0 else torch.ones_like(distance)
-        drawn.append(torch.multinomial(weights, 1, generator=generator))
-        distance = torch.minimum(distance, (pool - pool[drawn[-1]]).square())
-    return pool[torch.cat(drawn)].sort().values
+        below = distance.cumsum()
+        place = below.searchsorted(random.random() * below[-1], side="right")
+        drawn.append(pool[min(place, len(pool) - 1)])
+        distance = np.minimum(distance, (pool - drawn[-1]) ** 2)
+    return np.sort(drawn)
 
 
-def lloyd(data: SortedValues, centroids: Tensor) -> Tensor:
-    """Move sorted centroids (k,) to the means of their values until nothing changes; none is left without values."""
-    for _ in range(ROUNDS):
-        counts, sums, squares = data.clusters(centroids)
-        moved = torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
-        if (counts == 0).any():
-            moved = _refill(moved, counts, squares - sums.square() / counts.clamp(min=1))
-        elif torch.equal(moved, centroids):
+def lloyd(data: SortedValues, centroids: np.ndarray, rounds: int) -> np.ndarray:
+    """Move sorted centroids (k,) towards the means of the values nearest to them, until they stay."""
+    for _ in range(rounds):
+        _, means = data.means(data.ends(centroids), centroids)
+        if np.array_equal(means, centroids):
             break
-        centroids = moved
+        centroids = means
     return centroids
 
 
-def _refill(centroids: Tensor, counts: Tensor, spread: Tensor) -> Tensor:
-    """Move the centroids without values beside those whose values lie furthest apart, which then share them."""
-    empty = (counts == 0).nonzero().flatten()
-    widest = spread.argsort(descending=True)[: len(empty)]
-    deviation = (spread[widest] / counts[widest].clamp(min=1)).clamp(min=0).sqrt()
-    centroids = centroids.clone()
-    centroids[empty[: len(widest)]] = centroids[widest] + deviation
-    centroids[widest] -= deviation
-    return centroids.sort().values
+def exchange(data: SortedValues, centroids: np.ndarray) -> np.ndarray | None:
+    """Join neighbours that cost little to join and split as many that gain more by it; None if there are none.
+
+    Without this, k-means ends where it began: a start with too many centroids in one place keeps them there.
+    """
+    ends = data.ends(centroids)
+    counts, means = data.means(ends, centroids)
+    halves = np.sort(np.concatenate([ends, ends[:-1] + counts // 2]))
+    parts, centres = data.means(halves, np.repeat(means, 2))
+    gain = parts[::2] * parts[1::2] / np.maximum(counts, 1) * np.diff(centres)[::2] ** 2
+    cost = counts[1:] * counts[:-1] / np.maximum(counts[1:] + counts[:-1], 1) * np.diff(means) ** 2
+    moved, used = means.copy(), np.zeros(len(means), bool)
+    joins = iter(cost.argsort(kind="stable"))
+    for split in (-gain).argsort(kind="stable")[: max(1, len(means) // 8)]:
+        used[split] = True
+        join = next((j for j in joins if not used[j] and not used[j + 1]), None)
+        if join is None or gain[split] <= WORTH * cost[join]:
+            break
+        used[join : join + 2] = True
+        moved[join] = np.average(means[join : join + 2], weights=np.maximum(counts[join : join + 2], 1e-9))
+        moved[join + 1], moved[split] = centres[2 * split : 2 * split + 2]
+    return None if np.array_equal(moved, means) else np.sort(moved)
 
 
-def kmeans(data: SortedValues, count: int, initial: str = "linear", seed: int = 0) -> Tensor:
+def kmeans(data: SortedValues, count: int, initial: str = "linear", seed: int = 0) -> np.ndarray:
     """Return at most `count` sorted centroids, float64; all distinct values where there are no more than that."""
     if len(data.distinct) <= count:
         return data.distinct
-    if initial != "k-means++":
-        return lloyd(data, initial_centroids(data, count, initial))
-    generator = torch.Generator().manual_seed(seed)
-    tries = [lloyd(data, initial_centroids(data, count, initial, generator)) for _ in range(TRIES)]
-    return min(tries, key=data.inertia)
+    centroids = initial_centroids(data, count, initial, np.random.default_rng(seed))
+    for _ in range(EXCHANGES):
+        moved = exchange(data, lloyd(data, centroids, 3))
+        if moved is None:
+            break
+        centroids = moved
+    centroids = lloyd(data, centroids, ROUNDS)
+    counts, means = data.means(data.ends(centroids), centroids)
+    return means[counts > 0]
 
 
-def nearest(weight: Tensor, levels: Tensor) -> Tensor:
-    """Return for each weight the place of the nearest of the sorted levels (k,), int32; zero is only for zeros."""
-    others = levels[levels != 0]
-    symbols = torch.bucketize(weight.float(), (others[1:] + others[:-1]) / 2, out_int32=True)
-    if len(others) == len(levels):
-        return symbols
-    zero = int((levels < 0).sum())  # it belongs to zeros alone: pruned stays pruned, and nothing else is pruned
-    return torch.where(weight == 0, torch.full_like(symbols, zero), symbols + (symbols >= zero))
+def nearest(data: SortedValues, levels: Tensor) -> Tensor:
+    """Return for each of all values the place of the nearest of the sorted levels (k,), int32 (total,).
+
+    A level of zero belongs to zeros alone: what is pruned stays so, and nothing else is pruned.
+    """
+    levels = levels.double().numpy()
+    others, zero = levels[levels != 0], int((levels < 0).sum())
+    numbers = np.flatnonzero(levels != 0).astype(np.int32)
+    symbols = np.full(data.total, zero, np.int32)
+    symbols[data.places] = np.repeat(numbers, np.diff(data.ends(others)))
+    return torch.from_numpy(symbols)
 
 
 @dataclass(frozen=True)
@@ -153,18 +190,20 @@ class WeightClustering(Technique):
         """Return a copy with codebooks on the weights; raises ValueError if there is no weight, or NaN in one."""
         small = clone(model)
         if self.bits <= 8:
-            for names, levels in self.codebooks(model):
-                shared = nn.Parameter(levels.float())
-                for name in names:
-                    layer = small.get_submodule(name)
-                    parametrize_weight(layer, Codebook(shared, nearest(layer.weight.detach(), shared.detach())))
+            for names in _groups(model, self.scope):
+                self._share(model, small, names)
         return finetune(small, data, self.finetune, watch)
 
-    def codebooks(self, model: nn.Module) -> list[tuple[list[str], Tensor]]:
-        """Return (names of layers, their sorted levels): one set for each tensor, or one for all."""
-        groups = _groups(model, self.scope)
+    def _share(self, model: nn.Module, small: nn.Module, names: list[str]) -> None:
+        """Put one set of levels on the weights of these layers; those that share a tensor stay equal."""
+        data = remembered(model, ("sorted weights", *names), lambda: _sorted_weights(model, names))
         choice = (2**self.bits, self.initial, self.seed)
-        return [(names, _levels(model, names, *choice)) for names in groups]
+        levels = remembered(model, ("levels", *names, choice), lambda: _levels(data, *choice))
+        shared = nn.Parameter(levels.clone())
+        layers = [small.get_submodule(name) for name in names]
+        symbols = nearest(data, levels).split([layer.weight.numel() for layer in layers])
+        for layer, part in zip(layers, symbols, strict=True):
+            parametrize_weight(layer, Codebook(shared, part.view(layer.weight.shape)))
 
 
 def _groups(model: nn.Module, scope: str) -> list[list[str]]:
@@ -182,18 +221,13 @@ def _groups(model: nn.Module, scope: str) -> list[list[str]]:
     return list(groups.values())
 
 
-def _levels(model: nn.Module, names: list[str], count: int, initial: str, seed: int) -> Tensor:
-    """Return the sorted levels for the weights of these layers, zero among them if a weight is zero."""
-    data, has_zero = remembered(model, ("sorted weights", *names), lambda: _sorted_weights(model, names))
-    if not len(data.values):
-        return torch.zeros(1)
-    key = ("k-means", *names, count, initial, seed)
-    centroids = remembered(model, key, lambda: kmeans(data, count - has_zero, initial, seed))
-    return torch.cat([centroids, centroids.new_zeros(has_zero)]).float().unique()
+def _levels(data: SortedValues, count: int, initial: str, seed: int) -> Tensor:
+    """Return at most `count` sorted levels, float32, zero among them if a value is zero."""
+    has_zero = int(len(data.values) < data.total)
+    centroids = kmeans(data, count - has_zero, initial, seed)
+    return torch.from_numpy(np.append(centroids, np.zeros(has_zero))).float().unique()
 
 
-def _sorted_weights(model: nn.Module, names: list[str]) -> tuple[SortedValues, int]:
-    """Return the weights that are not zero, in order, and 1 if others are, else 0."""
+def _sorted_weights(model: nn.Module, names: list[str]) -> SortedValues:
     weights = [finite_weight(name, model.get_submodule(name).weight.detach()).flatten() for name in names]
-    together = torch.cat([weight.float().cpu() for weight in weights])
-    return SortedValues.of(together[together != 0]), int(bool((together == 0).any()))
+    return SortedValues.of(torch.cat([weight.float().cpu() for weight in weights]))

@@ -18,7 +18,7 @@ and cancel one another, least squares then stall, and training starts from large
 penalty holds the terms down here, and a layer whose terms are not finite, or no better than nothing, is left as it was.
 Ranks do not nest, so each slider position is decomposed by itself, which takes seconds the first time. Depthwise
 kernels are slow for what they compute, so fewer multiply-adds need not be less time. Layers that are pruned, clustered
-or quantized already are left alone.
+or quantized become dense again.
 
 Source: Lebedev et al., 2015, arXiv:1412.6553.
 """

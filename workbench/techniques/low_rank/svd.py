@@ -20,7 +20,7 @@ their rank they use: one fraction for all takes too much from one and too little
 When it does not: small layers and 1×1 convolutions of few channels gain nothing, since two kernels must be launched and
 an intermediate result written where there was one. The weights of a compact convolutional network have nearly full
 rank: with the objective "weights" its accuracy falls at once, and below some rank with either. Layers that are pruned,
-clustered or quantized already are left alone: factors could not keep that, so this stage comes first.
+clustered or quantized become dense again: this stage comes before those.
 
 Sources: Denton et al., 2014, arXiv:1404.0736; for outputs Zhang et al., 2015, arXiv:1505.06798, which also splits a
 budget by singular values.

@@ -17,7 +17,7 @@ same rank fewer numbers and multiply-adds are left than with two factors; all pa
 
 When it does not: without fine-tuning in a compact network, whose channels repeat little: both sides lose at once.
 Three kernels are launched where there was one, so small images can become slower. Networks made of 1×1 and depthwise
-convolutions have nothing to take. Layers that are pruned, clustered or quantized already are left alone.
+convolutions have nothing to take. Layers that are pruned, clustered or quantized become dense again.
 
 Source: Kim et al., 2016, arXiv:1511.06530.
 """

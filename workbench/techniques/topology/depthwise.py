@@ -15,7 +15,7 @@ answers than a MobileNet that starts at random.
 When it does not: with one filter for each channel and without fine-tuning: a trained kernel has more to say about an
 input than one pattern. Multiply-adds fall further than time does, since a depthwise kernel reads as much memory as it
 computes. The first layer of a network has too few input channels to gain. Layers that are pruned, clustered or
-quantized already are left alone.
+quantized become dense again.
 
 Sources: Howard et al., 2017, arXiv:1704.04861; from trained weights Guo et al., 2018, arXiv:1802.00939.
 """

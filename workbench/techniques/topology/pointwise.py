@@ -15,7 +15,7 @@ fine-tuning. All layers stay dense, and 1×1 convolutions are the quickest there
 
 When it does not: without fine-tuning. A place no longer sees its neighbours, which nothing afterwards brings back: each
 replaced layer narrows what the network sees, and replacing all of them leaves it nearly blind to shape. Layers that
-are pruned, clustered or quantized already are left alone.
+are pruned, clustered or quantized become dense again.
 
 Source: Iandola et al., 2016, arXiv:1602.07360.
 """
