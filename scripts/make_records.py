@@ -50,10 +50,9 @@ def positions(technique: type[wb.Technique], name: str) -> list:
     return next(knob for knob in technique.settings() if knob.name == name).positions()
 
 
-def deep_compression(sparsity: float, bits: int = 4, finetune: int = 0, then: int = 0) -> wb.Pipeline:
-    """Return pruning with `finetune` epochs, and clustering with `then` epochs; the file does the coding."""
-    prune = wb.MagnitudePruning(sparsity=sparsity, finetune=finetune)
-    return wb.Pipeline([prune, wb.WeightClustering(bits=bits, finetune=then)])
+def deep_compression(sparsity: float, bits: int = 4) -> wb.Pipeline:
+    """Return pruning and clustering without training; the file does the coding."""
+    return wb.Pipeline([wb.MagnitudePruning(sparsity=sparsity), wb.WeightClustering(bits=bits)])
 
 
 SPARSITIES = [0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.74, 0.78, 0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98]
@@ -96,11 +95,6 @@ SWEEPS = {
         wb.Pipeline([wb.WeightClustering(bits=4), wb.MagnitudePruning(sparsity=0.5)]),
     ],
     "distillation": students,
-    "clustering_finetuned": lambda: [wb.WeightClustering(bits=2, finetune=1)],
-    "deep_compression_finetuned": lambda: [
-        *(deep_compression(s, finetune=1) for s in (0.8, 0.9)),
-        deep_compression(0.9, finetune=1, then=1),
-    ],
     "low_rank_finetuned": lambda: [wb.LowRank(rank=r, finetune=1) for r in (0.25, 0.5)],
     "magnitude_pruning_finetuned": lambda: [wb.MagnitudePruning(sparsity=s, finetune=1) for s in (0.8, 0.9)],
     "channel_pruning_finetuned": lambda: [wb.ChannelPruning(sparsity=s, finetune=1) for s in (0.25, 0.5, 0.75)],
@@ -112,7 +106,6 @@ TIMED = {
     "quantization": {"weight_bits": (4, 8, 32), "granularity": ("channel",), "calibration": ("mse",)},
     "distillation": {"soft_weight": (0.9,)},
     "deep_compression": {"stages": ()},
-    "deep_compression_finetuned": {"stages": ()},
 }
 
 
