@@ -45,6 +45,7 @@ GOOD = {
     "prune, cluster, train": [PRUNE, CLUSTER, TRAIN],
     "cluster, prune": [CLUSTER, PRUNE],
     "cut, prune, round, train": [CUT, PRUNE, BITS, TRAIN],
+    "round coarsely, train": [wb.Quantization(weight_bits=3), wb.FineTune(epochs=1, learning_rate=3e-3)],
     "cluster, round, train": [CLUSTER, wb.Quantization(weight_bits=8), TRAIN],
     "prune, cluster, round, cut": [PRUNE, CLUSTER, wb.Quantization(weight_bits=8), CUT],
     "prune, prune harder": [PRUNE, wb.MagnitudePruning(sparsity=0.9)],

@@ -126,6 +126,13 @@ def test_a_student_with_other_classes_or_inputs_is_refused(kind, teacher, square
         kind(student=small_net()).compress(teacher, squares.example(4))
 
 
+def test_a_teacher_in_half_precision_teaches(squares):
+    student = wb.Distillation(student=small_net(), epochs=1).compress(toy.model().half(), squares)
+    assert torch.isfinite(student(squares.example(2))).all()
+    with pytest.raises(ValueError, match="the student cannot answer"):
+        wb.Distillation(student=small_net().half()).compress(toy.model(), squares)
+
+
 def test_students_of_one_layer_have_no_place_for_a_hint(teacher, squares):
     flat = nn.Sequential(nn.Flatten(), nn.Linear(256, 8))
     with pytest.raises(ValueError, match="no layer to take a hint from in Sequential: it runs 1 weighted layers"):

@@ -123,6 +123,11 @@ def test_no_training_images_says_what_to_pass(model, data):
         wb.QuantizationAwareTraining().compress(model, data.example(8))
 
 
+def test_a_model_in_half_precision_is_refused_in_words(data):
+    with pytest.raises(ValueError, match=r"trains fp32 weights: use model\.float\(\)"):
+        wb.QuantizationAwareTraining().compress(toy.model().half(), data)
+
+
 def test_the_seed_decides(model, data):
     few = replace(data, train=data.train.take(256))
     one, same, other = (wb.QuantizationAwareTraining(seed=s).compress(model, few)(data.example(8)) for s in (1, 1, 2))

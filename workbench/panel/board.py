@@ -141,7 +141,7 @@ class Panel(ipywidgets.VBox):
     def _recorded(self) -> list:
         """Return the shipped records of this technique on this model, or those that the caller gave."""
         if self._records is not None:
-            return self._records
+            return [record for record in self._records if record.technique == self.kind.__name__]
         name = getattr(self.model, "architecture", {}).get("name", "")
         every = [record for file in record_names() for record in read_records(file)]
         mine = {"model": name, "data": self.data.name, "technique": self.kind.__name__, "split": "val"}

@@ -19,7 +19,7 @@ def second_moments(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]
 
     def hook(name):
         def add(layer, args):
-            rows = input_rows(layer, args[0].detach())
+            rows = input_rows(layer, args[0].detach()).float()
             sums[name] = sums.get(name, 0) + (rows.T @ rows).double()
             counts[name] = counts.get(name, 0) + len(rows)
 

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from workbench.technique import setting
-from workbench.techniques.quantization.layerwise import LayerwiseRounding, moment_root
+from workbench.techniques.moments import moment_root
+from workbench.techniques.quantization.layerwise import LayerwiseRounding
 from workbench.weights import FakeQuantize
 
 ZETA, GAMMA = 1.1, -0.1  # how far the sigmoid is stretched, so that it reaches 0 and 1
@@ -89,5 +90,6 @@ class AdaRound(LayerwiseRounding):
     def title(cls):
         return cls.__name__  # one word
 
-    def _values(self, model, name, weight, moment, quantizer):
-        return adaround(weight, moment_root(moment), quantizer, self.iterations)
+    def _values(self, model, name, weight, moments, quantizer):
+        root = moments.derive(("root", name), lambda: moment_root(moments[name]).float())
+        return adaround(weight, root, quantizer, self.iterations)

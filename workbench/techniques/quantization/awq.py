@@ -27,7 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from workbench.surgery import clone, remembered, weighted_layers
-from workbench.techniques.quantization.layerwise import LayerwiseRounding, damped, layer_moments, output_errors
+from workbench.techniques.quantization.layerwise import (
+    LayerwiseRounding,
+    Moments,
+    damped,
+    layer_moments,
+    output_errors,
+)
 from workbench.techniques.quantization.post_training import weight_quantizer
 from workbench.techniques.quantization.structure import (
     Pair,
@@ -107,15 +113,14 @@ class AWQ(LayerwiseRounding):
     def _quantizer(self, model: nn.Module, name: str, found: dict) -> FakeQuantize:
         return found[name][1] if name in found else self.quantizer(model, name)
 
-    def _searched(self, model: nn.Module, pairs: list[Pair], moments: dict[str, Tensor]) -> dict:
+    def _searched(self, model: nn.Module, pairs: list[Pair], moments: Moments) -> dict:
         """Return (factors, quantizer) of each reader of a pair for these settings; all numbers of bits at once."""
         grid = {"granularity": self.granularity, "group_size": self.group_size}
-        compute = lambda: ({b: _search(model, pairs, moments, b, grid) for b in range(2, 9)}, moments)
-        key = ("awq", self.granularity, self.group_size, id(moments))
-        return remembered(model, key, compute)[0][self.weight_bits]
+        compute = lambda: {bits: _search(model, pairs, moments, bits, grid) for bits in range(2, 9)}
+        return moments.derive(("awq", self.granularity, self.group_size), compute)[self.weight_bits]
 
 
-def _search(model: nn.Module, pairs: list[Pair], moments: dict[str, Tensor], bits: int, grid: dict) -> dict:
+def _search(model: nn.Module, pairs: list[Pair], moments: Moments, bits: int, grid: dict) -> dict:
     found = {}
     for pair in pairs:
         if pair.reader not in moments:

@@ -7,8 +7,9 @@ the mean of |D·x|² is the trace of D·E[x·xᵀ]·Dᵀ.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,28 +23,51 @@ from workbench.techniques.repair import calibration_batches
 from workbench.training import Step
 from workbench.weights import FakeQuantize, finite_weight, parametrize_weight
 
+T = TypeVar("T")
 
-def layer_moments(model: nn.Module, data: Any, who: str) -> dict[str, Tensor]:
-    """Return the second moment (n, n) of each layer's inputs, float64, on 128 training images or a batch of images.
 
-    Raises ValueError naming the technique `who` if there are no images.
+class Moments(dict):
+    """The second moment of each layer's inputs by name, and what was computed from them, kept as long as they are."""
+
+    def __init__(self, moments: dict[str, Tensor]):
+        super().__init__(moments)
+        self._derived: dict[Any, Any] = {}
+
+    def derive(self, key: Any, compute: Callable[[], T]) -> T:
+        """Return `compute()`, computed once for this key."""
+        if key not in self._derived:
+            self._derived[key] = compute()
+        return self._derived[key]
+
+
+def layer_moments(model: nn.Module, data: Any, who: str) -> Moments:
+    """Return the second moments (n, n), float64, on 128 training images or a batch of images.
+
+    Layers that share a weight share the mean of theirs. Raises ValueError naming the technique `who` if there are no
+    images.
     """
-    batches = [data] if isinstance(data, Tensor) else calibration_batches(model, data)
+    if isinstance(data, Tensor):
+        return _moments(model, [data])
+    batches = calibration_batches(model, data)
     if not batches:
         raise ValueError(f"{who} looks at the inputs of layers: pass data from load_data, or a batch of images.")
-    compute = lambda: (second_moments(clone(model), batches), data)  # holding the data keeps its id its own
+    compute = lambda: (_moments(model, batches), data)  # holding the data keeps its id its own
     return remembered(model, ("second moments", id(data)), compute)[0]
+
+
+def _moments(model: nn.Module, batches: list[Tensor]) -> Moments:
+    moments = second_moments(clone(model), batches)
+    for names in tied_layers(model):
+        found = [moments[name] for name in names if name in moments]
+        if len(found) > 1:
+            moments |= dict.fromkeys(names, torch.stack(found).mean(0))
+    return Moments(moments)
 
 
 def damped(moment: Tensor, part: float = 0.01) -> Tensor:
     """Return `moment` (n, n) with `part` of its mean diagonal added to the diagonal, so that it can be inverted."""
     ridge = part * moment.diagonal().mean().clamp_min(1e-12)
     return moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-
-
-def moment_root(moment: Tensor) -> Tensor:
-    """Return L (n, n), float32, with L·Lᵀ = `moment`, a little damped: the output error of D is then |D·L|²."""
-    return torch.linalg.cholesky(damped(moment, 1e-4)).float()
 
 
 def output_errors(change: Tensor, moment: Tensor) -> Tensor:
@@ -89,7 +113,7 @@ class LayerwiseRounding(Technique):
                 continue
             error = relative_error(model.get_submodule(names[0]), small.get_submodule(names[0]), moments.get(names[0]))
             if watch(Step(number, len(groups), 0, error, None, time.perf_counter() - started)) is False:
-                moments = {}  # the layers that are left are rounded to nearest
+                moments = Moments({})  # the layers that are left are rounded to nearest
         return small
 
     def quantizer(self, model: nn.Module, name: str) -> FakeQuantize:
@@ -97,20 +121,18 @@ class LayerwiseRounding(Technique):
         settings = {"granularity": self.granularity, "group_size": self.group_size}
         return Quantization(weight_bits=self.weight_bits, **settings).layer_quantizer(model, name)
 
-    def _round(self, model: nn.Module, small: nn.Module, names: list[str], moments: dict[str, Tensor]) -> None:
+    def _round(self, model: nn.Module, small: nn.Module, names: list[str], moments: Moments) -> None:
         """Round the weight that the layers `names` share, in place."""
         layers = [small.get_submodule(name) for name in names]
-        found = [moments[name] for name in names if name in moments]
         quantizer = self.quantizer(model, names[0])
-        if found and all(map(only_masked, layers)):
+        if names[0] in moments and all(map(only_masked, layers)):
             weight = finite_weight(names[0], layers[0].weight.detach()).float()
-            moment = found[0] if len(found) == 1 else torch.stack(found).mean(0)
-            values = self._values(model, names[0], weight.flatten(1), moment, quantizer).reshape(weight.shape)
+            values = self._values(model, names[0], weight.flatten(1), moments, quantizer)
             with torch.no_grad():
-                stored_weight(layers[0]).copy_(values)
+                stored_weight(layers[0]).copy_(values.reshape(weight.shape))
         for layer in layers:
             parametrize_weight(layer, clone(quantizer))
 
-    def _values(self, model: nn.Module, name: str, weight: Tensor, moment: Tensor, quantizer: FakeQuantize) -> Tensor:
+    def _values(self, model: nn.Module, name: str, weight: Tensor, moments: Moments, quantizer: FakeQuantize) -> Tensor:
         """Return the rounded weight (m, n), each number one that `quantizer` leaves as it is; zeros stay zero."""
         raise TypeError(f"{type(self).__name__} does not say how it rounds: define _values.")

@@ -168,7 +168,9 @@ class Quantization(Technique):
             ranges = self._input_ranges(input_samples(clone(model), data))
         else:
             key = (data.name, len(data.train))
-            samples = remembered(model, ("input samples", key), lambda: input_samples(clone(model), _images(data)))
+            samples = remembered(
+                model, ("input samples", key), lambda: input_samples(clone(model), _images(model, data))
+            )
             ranges = remembered(model, ("input ranges", key, self.calibration), lambda: self._input_ranges(samples))
         codes = {name: scale_and_zero(*low_high, 0, 255, symmetric=False) for name, low_high in ranges.items()}
         return {name: InputQuantizer(*code) for name, code in codes.items()}
@@ -186,12 +188,12 @@ class Quantization(Technique):
             means = mean_inputs(clone(model), data)
         else:
             key = ("mean inputs", data.name, len(data.train))
-            means = remembered(model, key, lambda: mean_inputs(clone(model), _images(data)))
+            means = remembered(model, key, lambda: mean_inputs(clone(model), _images(model, data)))
         for name, seen in means.items():
             correct_bias(small.get_submodule(name), model.get_submodule(name).weight.detach(), seen)
 
 
-def _images(data) -> Tensor:
-    """Return the training images that calibration looks at, (N, C, H, W), always the same ones."""
+def _images(model: nn.Module, data) -> Tensor:
+    """Return the training images that calibration looks at, (N, C, H, W), always the same, in the type of `model`."""
     images, _ = data.train.take(CALIBRATION_IMAGES, seed=0).batch(slice(None))
-    return images
+    return images.to(next(model.parameters(), images))

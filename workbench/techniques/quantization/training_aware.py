@@ -133,6 +133,8 @@ class QuantizationAwareTraining(Technique):
             return clone(model)
         if not hasattr(data, "train"):
             raise ValueError("QuantizationAwareTraining needs training images: pass a data set from load_data.")
+        if any(layer.weight.dtype != torch.float32 for _, layer in weighted_layers(model)):
+            raise ValueError("QuantizationAwareTraining trains fp32 weights: use model.float() first.")
         from workbench.training import fit
 
         small = make_trainable(self.start().compress(model, data), self.input_scale == "learned")
