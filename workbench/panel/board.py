@@ -106,13 +106,16 @@ class Panel(ipywidgets.VBox):
         self.table = controls.View(kind="wb-table")
         self.status = controls.View(kind="wb-status", role="status")
         fp32_bytes = sum(4 * p.numel() for p in self.model.parameters())
-        trains = any(kind.trains or "finetune" in start for kind, start in self._starts.items())
-        self.drawing = Drawing(self._layers, self._recorded(), fp32_bytes, trains)
+        self.drawing = self._make_drawing(fp32_bytes)
         self.knob_row = controls.row("wb-knobs")
         self.children = self._layout()
         self._take(self.kind)
         self._watch_controls()
         self._draw()
+
+    def _make_drawing(self, fp32_bytes: int) -> Drawing:
+        trains = any(kind.trains or "finetune" in start for kind, start in self._starts.items())
+        return Drawing(self._layers, self._recorded(), fp32_bytes, trains)
 
     @property
     def figure(self):
@@ -324,7 +327,8 @@ class Panel(ipywidgets.VBox):
 
     def close(self) -> None:
         """End the worker's thread and take the panel from the page."""
-        self.worker.close()
+        if hasattr(self, "worker"):  # a panel that was refused is closed too, when it is collected
+            self.worker.close()
         super().close()
 
     def _show(self, technique: Technique, name: str, rest: float, stale) -> Steps:
@@ -435,6 +439,11 @@ class Panel(ipywidgets.VBox):
     def _train_label(self) -> str:
         return "Train it here" if self.kind.trains else "Fine-tune it here"
 
+    @property
+    def _shows_training(self) -> bool:
+        """True when there is a place for the learning curve before a training began."""
+        return self.kind.trains
+
     # --- training and report ---------------------------------------------------------------------------------------
 
     def _train(self, technique: Technique, name: str, stale) -> Steps:
@@ -532,4 +541,4 @@ class Panel(ipywidgets.VBox):
             self.drawing.show_points(groups)
             self.drawing.show_layers(self.baseline, self.point)
             self.drawing.show_latency(self.point.timings.get(name) if self.point else None)
-            self.drawing.show_training(steps, self.kind.trains)
+            self.drawing.show_training(steps, self._shows_training)
