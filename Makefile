@@ -9,7 +9,7 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_in
 PYTHON  ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python3.10,\
              $(shell $(name) -c '$(SUPPORTED)' 2>/dev/null && echo $(name))))
 
-.PHONY: help dashboard lab test check format bench glyphs train records headlines clean
+.PHONY: help dashboard lab test check format bench coverage glyphs train records headlines clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make check       lint, formatting, notebooks without outputs"
 	@echo "make format      format code and notebooks, strip outputs"
 	@echo "make bench       time the dashboards in a real browser"
+	@echo "make coverage    try five techniques on every classification model of torchvision (hours; goes on where it was)"
 	@echo "make glyphs      build the embedded data set again"
 	@echo "make train       train the shipped models again"
 	@echo "make records     measure the sweeps that the notebooks quote, where they are out of date"
@@ -46,6 +47,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.test
 	$(BIN)/python scripts/bench.py $(ARGS)
+
+coverage: $(VENV)/.test
+	$(BIN)/python scripts/coverage.py $(ARGS)
 
 glyphs: $(VENV)/.dev
 	$(BIN)/python scripts/build_glyphs.py $(ARGS)

@@ -50,8 +50,15 @@ def positions(technique: type[wb.Technique], name: str) -> list:
     return next(knob for knob in technique.settings() if knob.name == name).positions()
 
 
+def deep_compression(sparsity: float, bits: int = 4) -> wb.Pipeline:
+    """Return pruning and clustering without training; the file does the coding."""
+    return wb.Pipeline([wb.MagnitudePruning(sparsity=sparsity), wb.WeightClustering(bits=bits)])
+
+
 SPARSITIES = [0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.74, 0.78, 0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98]
 BITS = range(2, 9)
+STARTS = ("density", "k-means++")
+CUTS = (0.5, 0.8, 0.9)
 PLAIN_RANKS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9)
 
 SWEEPS = {
@@ -74,6 +81,19 @@ SWEEPS = {
         *(wb.Quantization(weight_bits=b, calibration="min-max") for b in (2, 3, 4, 8)),
         wb.Quantization(weight_bits=32, activation_bits=32),
     ],
+    "clustering": lambda: [
+        *(wb.WeightClustering(bits=b) for b in positions(wb.WeightClustering, "bits")),
+        *(wb.WeightClustering(bits=b, initial=start) for start in STARTS for b in (2, 3, 4)),
+        *(wb.WeightClustering(bits=b, scope="global") for b in (2, 3, 4)),
+        wb.WeightClustering.neutral(),
+    ],
+    "deep_compression": lambda: [
+        wb.Pipeline(),
+        *(wb.Pipeline([wb.MagnitudePruning(sparsity=s)]) for s in CUTS),
+        *(deep_compression(s) for s in CUTS),
+        *(deep_compression(0.5, bits=b) for b in (2, 3, 5)),
+        wb.Pipeline([wb.WeightClustering(bits=4), wb.MagnitudePruning(sparsity=0.5)]),
+    ],
     "distillation": students,
     "low_rank_finetuned": lambda: [wb.LowRank(rank=r, finetune=1) for r in (0.25, 0.5)],
     "magnitude_pruning_finetuned": lambda: [wb.MagnitudePruning(sparsity=s, finetune=1) for s in (0.8, 0.9)],
@@ -85,6 +105,7 @@ TIMED = {
     "channel_pruning": {"sparsity": (0.0, 0.25, 0.5, 0.75, 0.9), "recalibrate": (True,)},
     "quantization": {"weight_bits": (4, 8, 32), "granularity": ("channel",), "calibration": ("mse",)},
     "distillation": {"soft_weight": (0.9,)},
+    "deep_compression": {"stages": ()},
 }
 
 
@@ -92,6 +113,11 @@ def timed(name: str, technique: wb.Technique) -> bool:
     """True when this setting is to be timed."""
     wanted_values = TIMED.get(name, {"finetune": ()})
     return technique.is_neutral or all(getattr(technique, key) in values for key, values in wanted_values.items())
+
+
+def told(settings: dict) -> str:
+    """Return settings as one text, also where they hold the stages of a pipeline."""
+    return json.dumps(settings, sort_keys=True)
 
 
 def wanted(technique: wb.Technique) -> dict:
@@ -112,11 +138,11 @@ def with_times(name: str, records: list[wb.Record], techniques: list[wb.Techniqu
     """Return the records, those of TIMED with milliseconds of this machine, all taken in turns."""
     chosen = [technique for technique in techniques if timed(name, technique)]
     measured = wb.sweep(chosen, model, data, latency=True)
-    found = {tuple(sorted(wanted(t).items())): r for t, r in zip(chosen, measured, strict=True)}
+    found = {told(t.values()): r for t, r in zip(chosen, measured, strict=True)}
     today = datetime.now(timezone.utc).date().isoformat()
     dated = []
     for record in records:
-        fresh = found.get(tuple(sorted(record.settings.items())))
+        fresh = found.get(told(record.settings))
         times = {} if fresh is None else {"latency": fresh.latency, "machine": fresh.machine, "date": today}
         dated.append(replace(record, **times))
     return dated

@@ -20,7 +20,7 @@ from workbench.technique import setting
 from workbench.techniques import TECHNIQUES, Quantization
 from workbench.training import Accuracy, Step
 
-COMMANDS = ["dashboard", "lab", "train", "compress", "profile", "sweep"]
+COMMANDS = ["dashboard", "lab", "train", "compress", "profile", "sweep", "doctor", "export"]
 
 
 def run(*argv, **kwargs):
@@ -68,6 +68,8 @@ def test_every_setting_is_a_flag(cls, capsys):
         (["compress", "glyphs-cnn", "quantization", "--scheme", "odd", "-o", "x.wb"], "choose one of 'symmetric'"),
         (["compress", "glyphs-cnn", "low-rank", "--weight-bits", "8", "-o", "x.wb"], "--weight-bits"),
         (["profile", "glyphs-cnn", "--batch", "0"], "at least 1"),
+        (["doctor", "glyphs-cnn", "--input", "wide"], "is not a shape"),
+        (["export", "glyphs-cnn", "--to", "tflite", "-o", "x"], "invalid choice: 'tflite'"),
     ],
 )
 def test_wrong_use_is_one_sentence_and_exit_code_2(argv, says, capsys):
@@ -82,6 +84,9 @@ def test_wrong_use_is_one_sentence_and_exit_code_2(argv, says, capsys):
         (["train", "glyphs"], "no model called 'glyphs'"),
         (["sweep", "glyphs-cnn", "low-rank", "--values", "rang=1"], "--values takes SETTING=A,B,…"),
         (["sweep", "glyphs-cnn", "low-rank", "--values", "rank=0.1,9"], "it goes from 0.05 to 1.0"),
+        (["doctor", "nowhere:build"], "cannot be imported"),
+        (["doctor", "torch:nothing_of_this_name"], "has no 'nothing_of_this_name'"),
+        (["doctor", "torch.nn:Identity"], "--input 1,3,224,224"),
         (["dashboard", "--notebooks", "nowhere"], "There is no folder of notebooks at"),
     ],
 )

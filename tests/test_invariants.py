@@ -135,6 +135,11 @@ def test_a_report_holds_the_stage_and_what_is_true_after_it(model, data):
     assert str(second.invariants).endswith("% zero, at most 4 bits")
 
 
+def test_a_model_without_weighted_layers_has_nothing_to_break():
+    nothing = Invariants.of(torch.nn.ReLU())
+    assert str(nothing) == "0 weights, 0.0 % zero" and broken(nothing, nothing) == []
+
+
 def test_run_gives_the_models_of_compress_and_leaves_the_given_one_alone(model, data):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     pipeline = wb.Pipeline([PRUNE, TRAIN, BITS])

@@ -23,6 +23,7 @@ SAMPLE = {  # one or two settings of each sweep, counted anew
     "channel_pruning": [{"sparsity": 0.25, "recalibrate": True}],
     "quantization": [{"weight_bits": 3, "granularity": "channel", "activation_bits": 8, "calibration": "mse"}],
     "distillation": [{"width": 0.25, "soft_weight": 0.9}],
+    "clustering": [{"bits": 3, "initial": "linear", "scope": "layer"}],
 }
 PARTS = (
     *("## When you leave", "## The idea", "## A toy", "$$", "lesson.source(", "lesson.predict(", "wb.panel("),
@@ -76,6 +77,16 @@ def test_recorded_figures_still_come_out(name, model, data):
         assert abs(wb.evaluate(small, data.val).correct - record.correct) <= IMAGES, f"{technique}: right answers"
 
 
+def test_recorded_pipelines_still_come_out(model, data):
+    technique = wb.Pipeline([wb.MagnitudePruning(sparsity=0.5), wb.WeightClustering(bits=4)])
+    found, small = lesson.quote("deep_compression", technique), technique.compress(model, data)
+    assert wb.ledger(small).total_bytes == found.record.size_bytes
+    assert abs(wb.evaluate(small, data.val).correct - found.record.correct) <= IMAGES
+    assert found.base == lesson.quote("deep_compression", wb.Pipeline()).record, "no stage, so nothing changed"
+    with pytest.raises(KeyError, match=r"MagnitudePruning\(sparsity=0\.12.*scripts/make_records\.py"):
+        lesson.quote("deep_compression", wb.Pipeline([wb.MagnitudePruning(sparsity=0.12)]))
+
+
 def test_records_belong_to_the_shipped_weights(model):
     weights = fingerprint(model)
     for name in record_names():
@@ -107,7 +118,8 @@ def test_quote_speaks_in_units():
 def test_usual_records_are_one_curve():
     for name in SAMPLE:
         records = lesson.usual(name)
-        swept = {"low_rank": "rank", "quantization": "weight_bits", "distillation": "width"}.get(name, "sparsity")
+        swept = {"low_rank": "rank", "quantization": "weight_bits", "distillation": "width", "clustering": "bits"}
+        swept = swept.get(name, "sparsity")
         values = [record.settings[swept] for record in records]
         assert len(values) == len(set(values)) > 3 and lesson.baseline(name) in records
 
@@ -157,6 +169,12 @@ def test_tradeoff_gathers_exact_points():
     panel.move(point("rank 0.3", 300, 60))
     yours = out.outputs[0]["data"][lesson.PLOTLY]["data"][-1]
     assert yours["name"] == "yours" and [text.split("<br>")[0] for text in yours["text"]] == ["rank 0.4", "rank 0.3"]
+
+
+def test_tradeoff_names_the_stages_of_a_pipeline():
+    out = lesson.tradeoff(FakePanel(), {"both": lesson.records("deep_compression")})
+    texts = out.outputs[0]["data"][lesson.PLOTLY]["data"][0]["text"]
+    assert any("Magnitude pruning 0.5 → Weight clustering 4" in text for text in texts)
 
 
 def test_gallery_shows_classes_and_mistakes(model, data):

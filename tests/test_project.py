@@ -19,13 +19,15 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # The way of the data; a module imports only from modules that stand before it. `paths` is known to all.
 LAYERS = (
     "paths surgery weights data models training artifact results invariants technique techniques "
-    "runtimes profiler records plots panel dashboard cli"
+    "runtimes export profiler records plots panel dashboard doctor cli"
 ).split()
 ONLY_IN = {
     "plotly": {"plots", "panel"},
     "ipywidgets": {"panel"},
     "anywidget": {"panel"},
-    "openvino": {"runtimes"},
+    "openvino": {"runtimes", "export"},
+    "onnx": {"runtimes", "export"},
+    "onnxruntime": {"runtimes", "export"},
     "voila": {"dashboard"},
     "jupyterlab": {"cli"},
 }
@@ -181,7 +183,7 @@ def test_readme_names_only_commands_that_exist():
     readme = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {name for name in re.findall(r"make ([a-z]+)", readme)} <= targets
-    commands = "dashboard lab train compress profile sweep".split()
+    commands = "dashboard lab train compress profile sweep doctor export".split()
     assert set(re.findall(r"^workbench ([a-z]+)", readme, re.MULTILINE)) <= set(commands)
     files = re.findall(r"\]\((?!https?:)([^)#]+)\)", readme)
     assert [name for name in files if not (ROOT / name).exists()] == []

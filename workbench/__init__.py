@@ -50,8 +50,10 @@ _HOME = {
     "workbench.artifact": ("ArtifactError", "Ledger", "encode", "ledger", "load", "save"),
     "workbench.invariants": ("Invariants", "broken"),
     "workbench.runtimes": ("RUNTIMES",),
+    "workbench.export": ("export_onnx", "export_openvino"),
     "workbench.profiler": ("Profile", "profile"),
     "workbench.records": ("Record", "pareto", "read_records", "sweep"),
+    "workbench.doctor": ("doctor",),
     "workbench.panel": ("panel",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -65,7 +65,7 @@ class Invariants:
     @property
     def sparsity(self) -> float:
         """The part of all weights that is zero."""
-        return 1 - sum(facts.used for facts in self.layers.values()) / max(self.numbers, 1)
+        return sum(facts.numbers - facts.used for facts in self.layers.values()) / max(self.numbers, 1)
 
     @property
     def largest_codebook(self) -> int | None:

@@ -363,7 +363,16 @@ def bake_weights(model: nn.Module, keep_quantizers: bool = False) -> nn.Module:
 def _is_quantized(layer: nn.Module) -> bool:
     stacks = [list(stack) for stack in layer.parametrizations.values()]
     known = all(isinstance(p, (Mask, FakeQuantize)) for stack in stacks for p in stack)
-    return known and any(isinstance(p, FakeQuantize) for stack in stacks for p in stack)
+    return known and any(isinstance(p, FakeQuantize) for stack in stacks for p in stack) and not _is_padded(layer)
+
+
+def _is_padded(layer: nn.Module) -> bool:
+    """Return whether groups do not fill the rows of a weight: from a file, OpenVINO (2026.4) computes that wrongly."""
+    for stack in layer.parametrizations.values():
+        row = prod(stack.original.shape[1:])
+        if any(row % (getattr(p, "group_size", None) or 1) for p in stack):
+            return True
+    return False
 
 
 def _bake_layer(layer: nn.Module) -> None:

@@ -62,6 +62,7 @@ def test_what_comes_out_runs_saves_loads_and_converts(name, tmp_path):
     torch.save((x, answers), tmp_path / "asked.pt")
     code = (
         "import sys, torch, workbench as wb; sys.path[:0] = sys.argv[3:]\n"
+        f"torch.set_num_threads({torch.get_num_threads()})  # the order of sums depends on it\n"
         "from test_replacing_elsewhere import network\n"
         "x, answers = torch.load(sys.argv[1] + '/asked.pt', weights_only=True)\n"
         "same = [torch.equal(wb.load(f'{sys.argv[1]}/{i}.wb', like=network(sys.argv[2]))(x), a)\n"

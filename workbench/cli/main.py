@@ -8,7 +8,7 @@ import sys
 
 from workbench import __doc__ as about
 from workbench import __version__
-from workbench.cli import modelling, serving
+from workbench.cli import examining, modelling, serving
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
@@ -28,6 +28,7 @@ def parser(argv: list[str]) -> Parser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     serving.add_commands(commands)
     modelling.add_commands(commands, argv)
+    examining.add_commands(commands)
     return top
 
 

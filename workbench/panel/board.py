@@ -106,13 +106,16 @@ class Panel(ipywidgets.VBox):
         self.table = controls.View(kind="wb-table")
         self.status = controls.View(kind="wb-status", role="status")
         fp32_bytes = sum(4 * p.numel() for p in self.model.parameters())
-        trains = any(kind.trains or "finetune" in start for kind, start in self._starts.items())
-        self.drawing = Drawing(self._layers, self._recorded(), fp32_bytes, trains)
+        self.drawing = self._make_drawing(fp32_bytes)
         self.knob_row = controls.row("wb-knobs")
         self.children = self._layout()
         self._take(self.kind)
         self._watch_controls()
         self._draw()
+
+    def _make_drawing(self, fp32_bytes: int) -> Drawing:
+        trains = any(kind.trains or "finetune" in start for kind, start in self._starts.items())
+        return Drawing(self._layers, self._recorded(), fp32_bytes, trains)
 
     @property
     def figure(self):
@@ -324,7 +327,8 @@ class Panel(ipywidgets.VBox):
 
     def close(self) -> None:
         """End the worker's thread and take the panel from the page."""
-        self.worker.close()
+        if hasattr(self, "worker"):  # a panel that was refused is closed too, when it is collected
+            self.worker.close()
         super().close()
 
     def _show(self, technique: Technique, name: str, rest: float, stale) -> Steps:
@@ -370,12 +374,15 @@ class Panel(ipywidgets.VBox):
 
     def _without_training(self, technique: Technique) -> Technique | None:
         """Return what can be shown before the training that the settings ask for; None if that is nothing."""
-        return None if technique.trains else replace(technique, finetune=0)
+        if technique.trains:
+            return None
+        return replace(technique, finetune=0) if technique.must_train else technique
 
     def _title(self, technique: Technique) -> str:
         """Name the settings that say something: numbers with an effect, and choices other than the default."""
-        values = technique.values()
-        said = [k for k in technique.settings() if values[k.name] != (k.neutral if k.is_number else k.default)]
+        values, knobs = technique.values(), technique.settings()
+        said = [k for k in knobs if values[k.name] != (k.neutral if k.is_number else k.default)]
+        said = said or ([] if technique.is_neutral else list(knobs[:1]))
         settings = ", ".join(f"{k.label} {controls.word(values[k.name])}" for k in said) or "no effect"
         return settings if len(self._starts) == 1 and said else f"{technique.title()}, {settings}"
 
@@ -431,6 +438,11 @@ class Panel(ipywidgets.VBox):
     @property
     def _train_label(self) -> str:
         return "Train it here" if self.kind.trains else "Fine-tune it here"
+
+    @property
+    def _shows_training(self) -> bool:
+        """True when there is a place for the learning curve before a training began."""
+        return self.kind.trains
 
     # --- training and report ---------------------------------------------------------------------------------------
 
@@ -529,4 +541,4 @@ class Panel(ipywidgets.VBox):
             self.drawing.show_points(groups)
             self.drawing.show_layers(self.baseline, self.point)
             self.drawing.show_latency(self.point.timings.get(name) if self.point else None)
-            self.drawing.show_training(steps, self.kind.trains)
+            self.drawing.show_training(steps, self._shows_training)

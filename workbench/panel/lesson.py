@@ -28,14 +28,15 @@ from workbench.data import Data
 from workbench.panel.board import Panel, is_usual
 from workbench.panel.controls import View, _text, word
 from workbench.panel.measure import Point, difference
+from workbench.panel.pipeline import brief
 from workbench.panel.words import milliseconds, signed, speed, times
 from workbench.profiler import Latency, Ratio, compare, environment, latencies
 from workbench.profiler.units import size
 from workbench.records import Record, pareto, read_records
 from workbench.runtimes import available_runtimes
 from workbench.surgery import clone, replace_layer, weighted_layers
-from workbench.technique import Technique
-from workbench.techniques import TECHNIQUES
+from workbench.technique import Pipeline, Technique
+from workbench.techniques import TECHNIQUES, FineTune
 from workbench.training import evaluate
 
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -119,6 +120,8 @@ def _with_legend_below(recorded: list, yours: list, front: list, title: str) -> 
 def _labelled(record: Record, name: str, records: Sequence[Record]) -> Record:
     """Return the record under the name of its series, with the settings that differ within it."""
     differ = {k: v for k, v in record.settings.items() if len({str(r.settings.get(k)) for r in records}) > 1}
+    if "stages" in differ:
+        differ["stages"] = " → ".join(map(brief, _made(record).stages))
     return replace(record, technique=name, settings=differ)
 
 
@@ -265,16 +268,21 @@ class Quote:
         return f"{100 * self.record.settings.get('rank', self.record.settings.get('width')):.4g} %"
 
 
-def quote(name: str, **settings) -> Quote:
+def quote(name: str, technique: Technique | None = None, **settings) -> Quote:
     """Return the record of a sweep with these settings, ready to be quoted; settings left out are at their defaults.
 
-    Raises KeyError where none has them.
+    Or that of exactly this `technique`, such as a pipeline. Raises KeyError where none has them.
     """
     found = records(name, **settings)
+    if technique is not None:
+        found = [one for one in found if _made(one) == technique]
     if not found:
         raise KeyError(
-            f"No record of {name!r} has {settings}; `make records` measures those of scripts/make_records.py."
+            f"No record of {name!r} has {technique or settings}; `make records` measures those of "
+            "scripts/make_records.py."
         )
+    if technique is not None:
+        return Quote(found[0], baseline(name))
     usual = _technique(found[0])().values()
     return Quote(max(found, key=lambda one: sum(usual[k] == v for k, v in one.settings.items())), baseline(name))
 
@@ -288,11 +296,23 @@ def quoted(name: str, by: str) -> dict[Any, Quote]:
 def baseline(name: str) -> Record:
     """Return the untouched model's record, of this sweep or of the one that it goes with."""
     every = [*read_records(name), *read_records(name.removesuffix("_finetuned"))]
-    return next(one for one in every if _technique(one)(**one.settings).is_neutral)
+    return next(one for one in every if _made(one).is_neutral)
 
 
 def _technique(record: Record) -> type[Technique]:
     return next(one for one in TECHNIQUES if one.__name__ == record.technique)
+
+
+def _made(record: Record) -> Technique:
+    """Return the technique that a record was measured with; a pipeline's settings are its stages."""
+    stages = record.settings.get("stages")
+    if stages is None:
+        return _named(record.technique, **record.settings)
+    return Pipeline([_named(**stage) for stage in stages])
+
+
+def _named(technique: str, **settings) -> Technique:
+    return next(one for one in (*TECHNIQUES, FineTune) if one.__name__ == technique)(**settings)
 
 
 def say(text: str) -> Markdown:

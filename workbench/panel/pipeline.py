@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from html import escape
 from typing import Any
@@ -14,6 +15,9 @@ from workbench.artifact import ledger
 from workbench.invariants import MOST_LEVELS
 from workbench.panel import controls, words
 from workbench.panel.board import Panel
+from workbench.panel.figure import Drawing
+from workbench.panel.measure import Point
+from workbench.records import Record, pareto, read_records, record_names
 from workbench.technique import Pipeline, StageReport, Technique
 
 OFFERED = (
@@ -26,6 +30,20 @@ def brief(stage: Technique) -> str:
     """Return a stage in few words: its name and its first setting."""
     first = next(iter(stage.settings()), None)
     return f"{stage.title()} {controls.word(getattr(stage, first.name))}" if first else stage.title()
+
+
+def made(record: Record) -> Technique:
+    """Return the technique that a record was measured with; a pipeline's settings are its stages."""
+    stages = record.settings.get("stages")
+    if stages is None:
+        return _named(record.technique, **record.settings)
+    return Pipeline([_named(**stage) for stage in stages])
+
+
+def _named(technique: str, **settings) -> Technique:
+    from workbench import techniques
+
+    return getattr(techniques, technique)(**settings)
 
 
 class PipelinePanel(Panel):
@@ -50,7 +68,8 @@ class PipelinePanel(Panel):
         self.stages, self.chosen = list(stages), 0
         self._pipelines = presets or {}
         self._reports: dict[Pipeline, list[tuple[StageReport, int]]] = {}
-        kinds = dict.fromkeys([*map(type, stages), *(offered or _offered())])
+        preset = [stage for pipeline in self._pipelines.values() for stage in pipeline.stages]
+        kinds = dict.fromkeys([*map(type, (*stages, *preset)), *(offered or _offered())])
         self._offered = {kind.__name__: kind for kind in kinds}
         super().__init__(Pipeline(stages), model, data, **options)
 
@@ -63,6 +82,19 @@ class PipelinePanel(Panel):
         self.chips = controls.row("wb-chips")
         self.stage_view = controls.View(kind="wb-stages", name="what each stage left")
         super()._build(first_runtime)
+
+    def _make_drawing(self, fp32_bytes: int) -> Drawing:
+        return Drawing(self._layers, self._recorded(), fp32_bytes, trains=True)  # a training stage may be added
+
+    def _recorded(self) -> list:
+        """Return the Pareto front of the shipped pipelines on this model, or the records that the caller gave."""
+        if self._records is not None:
+            return self._records
+        name = getattr(self.model, "architecture", {}).get("name", "")
+        mine = {"model": name, "data": self.data.name, "technique": "Pipeline", "split": "val"}
+        every = [record for file in record_names() for record in read_records(file)]
+        front = pareto([r for r in every if all(getattr(r, key) == value for key, value in mine.items())])
+        return [replace(r, technique=self._title(made(r)), settings={}) for r in front]
 
     def _layout(self) -> tuple:
         header, *others = super()._layout()
@@ -96,7 +128,7 @@ class PipelinePanel(Panel):
 
     @property
     def technique(self) -> Pipeline:
-        """The pipeline that the chips and the controls show."""
+        """The pipeline that the chips and the controls show; raises ValueError where settings do not go together."""
         with self._lock:
             stages = list(self.stages)
             stages[self.chosen] = replace(stages[self.chosen], **self.values)
@@ -104,25 +136,25 @@ class PipelinePanel(Panel):
 
     def pick(self, i: int) -> None:
         """Show the controls of stage `i`."""
-        self._arrange(self.technique.stages, i)
+        self._arrange(self.stages, i)
 
     def move(self, i: int, by: int) -> None:
         """Move stage `i` by so many places."""
-        stages = list(self.technique.stages)
+        stages = list(self.stages)
         to = min(max(i + by, 0), len(stages) - 1)
         stages.insert(to, stages.pop(i))
         self._arrange(stages, to)
 
     def remove(self, i: int) -> None:
         """Take stage `i` out; the last one stays."""
-        stages = list(self.technique.stages)
+        stages = list(self.stages)
         if len(stages) > 1:
             del stages[i]
             self._arrange(stages, min(i, len(stages) - 1))
 
     def add(self) -> None:
         """Put the technique of the drop-down at the end."""
-        stages = [*self.technique.stages, self.adding.value()]
+        stages = [*self.stages, self.adding.value()]
         self._arrange(stages, len(stages) - 1)
 
     def _arrange(self, stages: Sequence[Technique], chosen: int) -> None:
@@ -133,7 +165,7 @@ class PipelinePanel(Panel):
         self._submit()
 
     def _changed(self, _change=None) -> None:
-        with self._lock:
+        with self._lock, suppress(ValueError):  # the panel says so; the stage stays as it was last
             self.stages = list(self.technique.stages)
             label = self.chips.children[self.chosen].children[1]
             label.description = f"{self.chosen + 1}. {brief(self.stages[self.chosen])}"
@@ -172,9 +204,12 @@ class PipelinePanel(Panel):
         self._reports[technique] = reports
         return reports[-1][0].model
 
+    def undone(self, point: Point) -> list[str]:
+        """Return in sentences what the stages of a point undid of one another."""
+        return [told for report, _ in self._reports.get(point.technique, []) for told in report.broken]
+
     def _without_training(self, technique: Pipeline) -> Pipeline | None:
-        stages = [super(PipelinePanel, self)._without_training(stage) for stage in technique.stages]
-        left = [stage for stage in stages if stage is not None]
+        left = [replace(s, finetune=0) if s.must_train else s for s in technique.stages if not s.trains]
         return Pipeline(left) if left else None
 
     def _title(self, technique: Pipeline) -> str:
@@ -183,6 +218,10 @@ class PipelinePanel(Panel):
     @property
     def _train_label(self) -> str:
         return "Train it here"
+
+    @property
+    def _shows_training(self) -> bool:
+        return any(stage.must_train for stage in self.stages)
 
     def _draw(self, figure: bool = True) -> None:
         super()._draw(figure)

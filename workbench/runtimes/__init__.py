@@ -1,4 +1,4 @@
-"""The same model made to run: torch eager in two memory layouts, OpenVINO, and an NVIDIA GPU.
+"""The same model made to run: torch eager in two memory layouts, OpenVINO, ONNX Runtime, and an NVIDIA GPU.
 
 A runtime prepares a copy of a model for one input shape. What comes back runs, and says which precision its kernels
 really compute in: a model that was quantized to 8 bits is not thereby an 8-bit computation.
@@ -9,12 +9,14 @@ import torch
 from workbench.runtimes.base import MEASURING, Kernel, Prepared, Runtime, RuntimeFailed, threads
 from workbench.runtimes.cuda import Cuda
 from workbench.runtimes.eager import Eager, bake, is_fake_quantized
+from workbench.runtimes.onnx import OnnxRuntime
 from workbench.runtimes.openvino import OpenVINO
 
 RUNTIMES: tuple[Runtime, ...] = (
     Eager("eager", torch.contiguous_format),
     Eager("eager channels-last", torch.channels_last),
     OpenVINO(),
+    OnnxRuntime(),
     Cuda("cuda", half=False),
     Cuda("cuda half", half=True),
 )

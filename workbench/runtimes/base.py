@@ -29,6 +29,14 @@ class Kernel(NamedTuple):
     implementation: str
 
 
+def precisions(found: list[str]) -> str:
+    """Say in one word what the kernels of a model compute in."""
+    kinds = sorted(set(found), key=lambda kind: (kind != "int8", kind))
+    if not kinds:
+        return "fp32"
+    return kinds[0] if len(kinds) == 1 else f"mixed {'/'.join(kinds)}"
+
+
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
     """Let torch compute on `count` threads inside the block; the setting is the process's, so it is put back after."""
@@ -103,7 +111,7 @@ class Runtime:
         if threads < 1 or len(example) < 1:
             raise RuntimeFailed(f"Measuring takes at least one thread and one image, not {threads} and {len(example)}.")
         try:
-            with using_threads(threads), _quiet(), torch.inference_mode():
+            with using_threads(threads), quiet(), torch.inference_mode():
                 expected = _steady_outputs(model, example)
                 prepared = self._prepare(model, example, threads)
                 prepared.compare(expected)
@@ -148,7 +156,7 @@ def _cause(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep torch's and OpenVINO's announcements about torch.jit, which OpenVINO still reads, from the reader."""
     with warnings.catch_warnings():
         for kind in (FutureWarning, DeprecationWarning, torch.jit.TracerWarning):

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from workbench.runtimes.base import Kernel, Prepared, Runtime
+from workbench.runtimes.base import Kernel, Prepared, Runtime, precisions
 from workbench.runtimes.eager import is_fake_quantized
 from workbench.surgery import clone, weighted_layers
 from workbench.weights import bake_weights
@@ -32,11 +32,11 @@ class PreparedOpenVINO(Prepared):
 
     def __init__(self, runtime: Runtime, model: nn.Module, example: Tensor, threads: int):
         super().__init__(runtime, example, threads)
-        self.model = bake_weights(clone(model), keep_quantizers=True).requires_grad_(False)
+        self.model = runnable(model)
         self._requests = {}
         self._request = self._filled(example)
         self.kernels = tuple(_kernels(self._request.get_compiled_model(), _calls(self.model, example), len(example)))
-        self.precision = _summary([kernel.precision for kernel in self.kernels])
+        self.precision = precisions([kernel.precision for kernel in self.kernels])
         self.note = self._note(is_fake_quantized(model))
 
     def _filled(self, batch: Tensor):
@@ -44,7 +44,7 @@ class PreparedOpenVINO(Prepared):
 
         shape = tuple(batch.shape)
         if shape not in self._requests:
-            self._requests[shape] = _compile(_converted(self.model, batch), self.threads).create_infer_request()
+            self._requests[shape] = compiled(converted(self.model, batch), self.threads).create_infer_request()
         request = self._requests[shape]
         request.set_input_tensor(openvino.Tensor(batch.detach().float().contiguous().numpy(), shared_memory=False))
         return request
@@ -81,8 +81,13 @@ class OpenVINO(Runtime):
         return PreparedOpenVINO(self, model, example, threads)
 
 
-def _converted(model: nn.Module, example: Tensor):
-    """Return the OpenVINO model of `model` for the shape of `example`.
+def runnable(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` in which only what becomes an integer kernel is still computed from something else."""
+    return bake_weights(clone(model), keep_quantizers=True).requires_grad_(False)
+
+
+def converted(model: nn.Module, example: Tensor, any_batch: bool = False):
+    """Return the OpenVINO model of a `runnable` model for the shape of `example`, or for batches of any size of it.
 
     Tracing a function instead of the module skips scripting every submodule, and the frontend is called directly:
     together four times quicker than `openvino.convert_model`, which stays the way out where the short way fails.
@@ -91,28 +96,30 @@ def _converted(model: nn.Module, example: Tensor):
 
     with torch.no_grad():
         traced = torch.jit.trace(lambda batch: model(batch), example, check_trace=False)
+    shape = [-1 if any_batch else len(example), *example.shape[1:]]
     try:
-        return _convert_directly(traced, example)
+        return _convert_directly(traced, example, shape)
     except Exception as error:
         logging.getLogger(__name__).info("Direct conversion failed (%s); using openvino.convert_model.", error)
-        return openvino.convert_model(traced, example_input=example, input=[list(example.shape)])
+        return openvino.convert_model(traced, example_input=example, input=[shape])
 
 
-def _convert_directly(traced, example: Tensor):
+def _convert_directly(traced, example: Tensor, shape: list[int]):
     from openvino._offline_transformations import apply_moc_transformations, compress_quantize_weights_transformation
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     frontend = FrontEndManager().load_by_framework("pytorch")
     decoder = TorchScriptPythonDecoder(traced, example_input=example)  # the frontend does not keep it alive itself
-    converted = frontend.convert(frontend.load(decoder))
-    converted.reshape(list(example.shape))
-    apply_moc_transformations(converted, cf=False, smart_reshape=True)  # both as convert_model does: without them
-    compress_quantize_weights_transformation(converted)  # the compiler picks fp32 kernels for quantized layers
-    return converted
+    made = frontend.convert(frontend.load(decoder))
+    made.reshape(shape)
+    apply_moc_transformations(made, cf=False, smart_reshape=True)  # both as convert_model does: without them
+    compress_quantize_weights_transformation(made)  # the compiler picks fp32 kernels for quantized layers
+    return made
 
 
-def _compile(converted, threads: int):
+def compiled(converted, threads: int):
+    """Return the compiled model, which computes in fp32 wherever the model is not quantized."""
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
@@ -170,10 +177,3 @@ def _implementation(node) -> str:
 def _info(node, key: str) -> str:
     info = node.get_rt_info()
     return info[key].astype(str) if key in info else ""
-
-
-def _summary(precisions: list[str]) -> str:
-    kinds = sorted(set(precisions), key=lambda kind: (kind != "int8", kind))
-    if not kinds:
-        return "fp32"
-    return kinds[0] if len(kinds) == 1 else f"mixed {'/'.join(kinds)}"

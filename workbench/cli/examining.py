@@ -1,0 +1,108 @@
+"""`workbench doctor` and `export`: what works on a model, and files of it for other programs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from workbench.cli.choosing import architecture_of, data_for, model_named, technique_named
+from workbench.cli.progress import Doing
+
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
+
+
+def add_commands(commands) -> None:
+    """Declare both commands on an argparse group of subcommands."""
+    doctor = commands.add_parser("doctor", help="try everything on a model and say what works", allow_abbrev=False)
+    doctor.add_argument("--data", help="images for the techniques that train, such as folder:PATH")
+    words = "try only this technique; may be repeated"
+    doctor.add_argument("--technique", action="append", type=technique_named, help=words)
+    doctor.add_argument("--json", type=Path, help="write all findings to this file too")
+    doctor.set_defaults(run=run_doctor)
+    export = commands.add_parser("export", help="write a model for other programs", allow_abbrev=False)
+    export.add_argument("--to", choices=tuple(SUFFIXES), required=True, help="the format")
+    export.add_argument("-o", "--output", type=Path, required=True, help="the file, such as small.onnx or small.xml")
+    export.set_defaults(run=run_export)
+    for parser in (doctor, export):
+        words = "a model's name, a .wb file, or module:function that builds one"
+        parser.add_argument("model", metavar="MODEL", help=words)
+        words = "the shape of one batch, such as 1,3,224,224 (default: images of the model's own data)"
+        parser.add_argument("--input", type=shape_of, metavar="N,C,H,W", help=words)
+
+
+def shape_of(text: str) -> tuple[int, ...]:
+    """Return the shape that `text` spells: "1,3,224,224" -> (1, 3, 224, 224)."""
+    parts = [part.strip() for part in text.replace("x", ",").split(",")]
+    if len(parts) < 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape; write whole numbers such as 1,3,224,224")
+    return tuple(map(int, parts))
+
+
+def built(word: str):
+    """Return (model, name) for a model's name, a .wb file, or module:function; raises ValueError otherwise."""
+    module, colon, function = word.partition(":")
+    if not colon or Path(word).is_file():
+        return model_named(word)
+    sys.path.insert(0, str(Path.cwd()))  # where one's own modules lie, as `python -m` has it
+    try:
+        make = getattr(import_module(module), function)
+    except ImportError as error:
+        raise ValueError(f"The module {module!r} of {word!r} cannot be imported ({error}).") from error
+    except AttributeError:
+        raise ValueError(f"The module {module!r} has no {function!r}; name a function that builds a model.") from None
+    finally:
+        sys.path.pop(0)
+    return _called(make, word), function
+
+
+def _called(make, word: str):
+    """Return the model that `make()` gives; a model itself will do too."""
+    from torch import nn
+
+    model = make if isinstance(make, nn.Module) else make()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{word} gives a {type(model).__name__}, not a torch.nn.Module.")
+    return model.eval()
+
+
+def example_for(model, shape: tuple[int, ...] | None):
+    """Return one batch: random numbers of the shape given, else images that the model was trained on."""
+    import torch
+
+    if shape is not None:
+        numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        first = next((p for p in model.parameters() if p.is_floating_point()), numbers)
+        return numbers.to(first.dtype)
+    if not architecture_of(model):
+        raise ValueError("Nothing says what this model takes; give the shape of one batch, as in --input 1,3,224,224.")
+    return data_for(model, None).example(2)
+
+
+def run_doctor(args) -> None:
+    """Try everything, print the findings, and keep them as JSON where asked to."""
+    from workbench.doctor import doctor
+    from workbench.techniques import TECHNIQUES
+
+    model, _ = built(args.model)
+    data = data_for(model, args.data) if args.data else None
+    example = data.example(2) if data is not None and args.input is None else example_for(model, args.input)
+    with Doing() as watch:
+        found = doctor(model, example, data, args.technique or TECHNIQUES, watch)
+    print(found)
+    if args.json:
+        args.json.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def run_export(args) -> None:
+    """Write the model, run what was written, and say what came out."""
+    from workbench.export import export_onnx, export_openvino
+
+    model, name = built(args.model)
+    write = {"onnx": export_onnx, "openvino": export_openvino}[args.to]
+    written = write(model, args.output.with_suffix(SUFFIXES[args.to]), example_for(model, args.input))
+    files = " and ".join(map(str, written.files))
+    checked = "not run here" if written.difference is None else "run here, answers as the model does"
+    print(f"{name} → {files}, {written.size_bytes:,} bytes; {checked}.")
