@@ -71,17 +71,17 @@ HEADLINES = (
         "lenet-5-1.00",
         "lenet-5",
         {"0": 10, "2": 24, "5": 100},
-        wb.EntropyAwareTraining(strength=1.5, epochs=6, learning_rate=0.02, augment=False),
+        wb.EntropyAwareTraining(strength=1.5, epochs=3, learning_rate=0.03, augment=False),
         at_least=420,
         at_most=1.0,
     ),
     Headline(
         "lenet-5-smallest",
         "lenet-5",
-        {"0": 8, "2": 20, "5": 80},
-        wb.EntropyAwareTraining(strength=4.5, epochs=14, learning_rate=0.02, augment=False),
+        {"0": 8, "2": 16, "5": 60},
+        wb.EntropyAwareTraining(strength=7.0, epochs=8, learning_rate=0.02, augment=False),
         at_least=1110,
-        at_most=1.0,
+        at_most=1.5,
     ),
 )
 
