@@ -50,10 +50,9 @@ def positions(technique: type[wb.Technique], name: str) -> list:
     return next(knob for knob in technique.settings() if knob.name == name).positions()
 
 
-def deep_compression(sparsity: float, bits: int = 4, finetune: int = 0, then: int = 0) -> wb.Pipeline:
-    """Return pruning with `finetune` epochs, and clustering with `then` epochs; the file does the coding."""
-    prune = wb.MagnitudePruning(sparsity=sparsity, finetune=finetune)
-    return wb.Pipeline([prune, wb.WeightClustering(bits=bits, finetune=then)])
+def deep_compression(sparsity: float, bits: int = 4) -> wb.Pipeline:
+    """Return pruning and clustering without training; the file does the coding."""
+    return wb.Pipeline([wb.MagnitudePruning(sparsity=sparsity), wb.WeightClustering(bits=bits)])
 
 
 def combining() -> list[wb.Pipeline]:
@@ -106,11 +105,6 @@ SWEEPS = {
     ],
     "combining": combining,
     "distillation": students,
-    "clustering_finetuned": lambda: [wb.WeightClustering(bits=2, finetune=1)],
-    "deep_compression_finetuned": lambda: [
-        *(deep_compression(s, finetune=1) for s in (0.8, 0.9)),
-        deep_compression(0.9, finetune=1, then=1),
-    ],
     "low_rank_finetuned": lambda: [wb.LowRank(rank=r, finetune=1) for r in (0.25, 0.5)],
     "magnitude_pruning_finetuned": lambda: [wb.MagnitudePruning(sparsity=s, finetune=1) for s in (0.8, 0.9)],
     "channel_pruning_finetuned": lambda: [wb.ChannelPruning(sparsity=s, finetune=1) for s in (0.25, 0.5, 0.75)],
@@ -123,7 +117,6 @@ TIMED = {
     "distillation": {"soft_weight": (0.9,)},
     "combining": {"stages": ()},
     "deep_compression": {"stages": ()},
-    "deep_compression_finetuned": {"stages": ()},
 }
 
 
