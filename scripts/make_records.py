@@ -55,6 +55,15 @@ def deep_compression(sparsity: float, bits: int = 4) -> wb.Pipeline:
     return wb.Pipeline([wb.MagnitudePruning(sparsity=sparsity), wb.WeightClustering(bits=bits)])
 
 
+def combining() -> list[wb.Pipeline]:
+    """Return what 07_combining quotes, nothing trained: each stage alone, pairs, all three, other orders and bits."""
+    prune, four, three = wb.MagnitudePruning(sparsity=0.5), wb.WeightClustering(bits=4), wb.WeightClustering(bits=3)
+    int8 = wb.Quantization(weight_bits=8)
+    table = [[], [prune], [four], [int8], [prune, four], [prune, int8], [four, int8], [prune, four, int8]]
+    others = [[four, prune], [three], [prune, three], [three, prune], [prune, three, int8]]
+    return [wb.Pipeline(stages) for stages in (*table, *others)]
+
+
 SPARSITIES = [0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.74, 0.78, 0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98]
 BITS = range(2, 9)
 STARTS = ("density", "k-means++")
@@ -94,6 +103,7 @@ SWEEPS = {
         *(deep_compression(0.5, bits=b) for b in (2, 3, 5)),
         wb.Pipeline([wb.WeightClustering(bits=4), wb.MagnitudePruning(sparsity=0.5)]),
     ],
+    "combining": combining,
     "distillation": students,
     "low_rank_finetuned": lambda: [wb.LowRank(rank=r, finetune=1) for r in (0.25, 0.5)],
     "magnitude_pruning_finetuned": lambda: [wb.MagnitudePruning(sparsity=s, finetune=1) for s in (0.8, 0.9)],
@@ -105,6 +115,7 @@ TIMED = {
     "channel_pruning": {"sparsity": (0.0, 0.25, 0.5, 0.75, 0.9), "recalibrate": (True,)},
     "quantization": {"weight_bits": (4, 8, 32), "granularity": ("channel",), "calibration": ("mse",)},
     "distillation": {"soft_weight": (0.9,)},
+    "combining": {"stages": ()},
     "deep_compression": {"stages": ()},
 }
 

@@ -28,15 +28,15 @@ from workbench.data import Data
 from workbench.panel.board import Panel, is_usual
 from workbench.panel.controls import View, _text, word
 from workbench.panel.measure import Point, difference
-from workbench.panel.pipeline import brief
+from workbench.panel.pipeline import brief, made
 from workbench.panel.words import milliseconds, signed, speed, times
 from workbench.profiler import Latency, Ratio, compare, environment, latencies
 from workbench.profiler.units import size
 from workbench.records import Record, pareto, read_records
 from workbench.runtimes import available_runtimes
 from workbench.surgery import clone, replace_layer, weighted_layers
-from workbench.technique import Pipeline, Technique
-from workbench.techniques import TECHNIQUES, FineTune
+from workbench.technique import Technique
+from workbench.techniques import TECHNIQUES
 from workbench.training import evaluate
 
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -121,7 +121,7 @@ def _labelled(record: Record, name: str, records: Sequence[Record]) -> Record:
     """Return the record under the name of its series, with the settings that differ within it."""
     differ = {k: v for k, v in record.settings.items() if len({str(r.settings.get(k)) for r in records}) > 1}
     if "stages" in differ:
-        differ["stages"] = " → ".join(map(brief, _made(record).stages))
+        differ["stages"] = " → ".join(map(brief, made(record).stages))
     return replace(record, technique=name, settings=differ)
 
 
@@ -275,7 +275,7 @@ def quote(name: str, technique: Technique | None = None, **settings) -> Quote:
     """
     found = records(name, **settings)
     if technique is not None:
-        found = [one for one in found if _made(one) == technique]
+        found = [one for one in found if made(one) == technique]
     if not found:
         raise KeyError(
             f"No record of {name!r} has {technique or settings}; `make records` measures those of "
@@ -296,23 +296,11 @@ def quoted(name: str, by: str) -> dict[Any, Quote]:
 def baseline(name: str) -> Record:
     """Return the untouched model's record, of this sweep or of the one that it goes with."""
     every = [*read_records(name), *read_records(name.removesuffix("_finetuned"))]
-    return next(one for one in every if _made(one).is_neutral)
+    return next(one for one in every if made(one).is_neutral)
 
 
 def _technique(record: Record) -> type[Technique]:
     return next(one for one in TECHNIQUES if one.__name__ == record.technique)
-
-
-def _made(record: Record) -> Technique:
-    """Return the technique that a record was measured with; a pipeline's settings are its stages."""
-    stages = record.settings.get("stages")
-    if stages is None:
-        return _named(record.technique, **record.settings)
-    return Pipeline([_named(**stage) for stage in stages])
-
-
-def _named(technique: str, **settings) -> Technique:
-    return next(one for one in (*TECHNIQUES, FineTune) if one.__name__ == technique)(**settings)
 
 
 def say(text: str) -> Markdown:
@@ -525,13 +513,15 @@ def task(
     loses: float | None = None,
     faster: float | None = None,
     no_faster: bool = False,
+    undoes: bool | None = None,
     **settings,
 ) -> Task:
     """Ask for a setting of the panel, and check every one that is tried.
 
     `smaller`: the file at least so many times smaller. `within`: at most so many points of accuracy lost; `loses`: at
     least so many. `faster`: at least so many times, on the shown runtime; `no_faster`: not distinguishably faster
-    there. `settings`: settings that it must have.
+    there. `undoes`: a stage undoes another (True), or none does (False); for panels of pipelines. `settings`: settings
+    that it must have.
     """
     conditions: list[Condition] = [_set(panel, name, value) for name, value in settings.items()]
     conditions += [_smaller(smaller)] if smaller else []
@@ -539,6 +529,7 @@ def task(
     conditions += [_loses(loses)] if loses is not None else []
     conditions += [_faster(panel, faster)] if faster else []
     conditions += [_no_faster(panel)] if no_faster else []
+    conditions += [_undoes(panel, undoes)] if undoes is not None else []
     return Task(panel, text, conditions)
 
 
@@ -599,6 +590,14 @@ def _no_faster(panel: Panel) -> Condition:
             return None, f"latency on {where} is being measured"
         gained = ratio.distinguishable and ratio.value > 1
         return not gained, f"{'faster' if gained else 'not faster'} on {where}"
+
+    return look
+
+
+def _undoes(panel: Panel, wanted: bool) -> Condition:
+    def look(point, _baseline):
+        told = panel.undone(point)
+        return bool(told) == wanted, told[0].rstrip(".") if told else "no stage undoes another"
 
     return look
 
