@@ -6,9 +6,9 @@
     python scripts/coverage.py --table               only print what is known
 
 Weights are random, inputs small, settings the defaults. Each model has processes of its own: one compresses and saves;
-one takes half of the channels with Torch-Pruning, which gets the hints that its own tests give; the last, which never saw
-their memory, loads and compares. One line for each model is kept in data/records/coverage.jsonl as soon as it is known,
-so that a run can be broken off and gone on with.
+one takes half of the channels with Torch-Pruning, which gets the hints that its own tests give; the last, which never
+saw their memory, loads and compares. One line for each model is kept in data/records/coverage.jsonl as soon as it is
+known, so that a run can be broken off and gone on with.
 """
 
 from __future__ import annotations
