@@ -5,10 +5,10 @@
     python scripts/coverage.py --again --largest 30  anew, models of at most 30 million weights
     python scripts/coverage.py --table               only print what is known
 
-Weights are random, inputs small, settings the defaults. Each model has two processes of its own: one compresses and
-saves, the next, which never saw the first's memory, loads and compares. Torch-Pruning takes half of the channels of the
-same models in the same run, with the hints that its own tests give. One line for each model is kept in
-data/records/coverage.jsonl as soon as it is known, so that a run can be broken off and gone on with.
+Weights are random, inputs small, settings the defaults. Each model has processes of its own: one compresses and saves;
+one takes half of the channels with Torch-Pruning, which gets the hints that its own tests give; the last, which never
+saw their memory, loads and compares. One line for each model is kept in data/records/coverage.jsonl as soon as it is
+known, so that a run can be broken off and gone on with.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ STEPS = ("compress", "forward", "save", "load", "equal", "openvino")
 SIZES = {"inception_v3": 96, "vit": 224, "maxvit": 224, "tiny": 32}  # pixels; 64 for all others
 TOLERANCE = 1e-3  # of the largest output: sums in another order
 TOLERANCE_QUANTIZED = 0.1  # a sum in another order can round an activation to the next of 256 levels, and so on upwards
+PEER_BYTES = 16 << 30  # of memory for Torch-Pruning, whose bookkeeping grows without end on some models
 RECORDS = shipped("data", "records", "coverage.jsonl")
 
 
@@ -99,7 +101,6 @@ def compress_all(name: str, folder: Path) -> dict[str, dict]:
     model, images, cells = settled(name), example(name), {}
     for technique in TECHNIQUES:
         cells[technique] = tried(lambda cell, t=technique: compress(getattr(wb, t)(), model, images, folder / t, cell))
-    cells[PEER] = tried(lambda cell: prune_with_peer(settled(name), images, folder / PEER, cell))
     return cells
 
 
@@ -207,18 +208,27 @@ def measure(name: str, limit: float) -> dict:
     start = time.perf_counter()
     line = {"model": name, "millions": round(millions(name), 1), "pixels": example(name).shape[-1]}
     with tempfile.TemporaryDirectory(prefix="coverage-") as folder:
-        for stage in ("compress", "check"):
-            left = limit - (time.perf_counter() - start)
-            command = [sys.executable, __file__, "--stage", stage, "--folder", folder, name]
-            try:
-                done = subprocess.run(command, timeout=max(left, 1), capture_output=True, text=True)
-            except subprocess.TimeoutExpired:
-                return {**line, "left_out": f"{stage} took longer than {limit:.0f} s"}
-            if done.returncode:
-                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                return {**line, "left_out": f"{stage} ended with {done.returncode}: {last[:200]}"}
-        line["cells"] = json.loads((Path(folder) / "cells.json").read_text())
+        kept = Path(folder) / "cells.json"
+        for stage in ("compress", "peer", "check"):
+            failure = stage_failure(stage, name, folder, limit)
+            if failure and stage == "peer":
+                cells = json.loads(kept.read_text()) | {PEER: {"passed": [], "reason": failure, "seconds": 0}}
+                kept.write_text(json.dumps(cells))
+            elif failure:
+                return {**line, "left_out": f"{stage} {failure}"}
+        line["cells"] = json.loads(kept.read_text())
     return {**line, "seconds": round(time.perf_counter() - start)}
+
+
+def stage_failure(stage: str, name: str, folder: str, limit: float) -> str | None:
+    """Run one stage in a process of its own; return what went wrong with the process, or None."""
+    command = [sys.executable, __file__, "--stage", stage, "--folder", folder, name]
+    try:
+        done = subprocess.run(command, timeout=limit, capture_output=True, text=True)
+    except subprocess.TimeoutExpired:
+        return f"took longer than {limit:.0f} s"
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return f"ended with {done.returncode}: {last[:200]}" if done.returncode else None
 
 
 def run_stage(stage: str, name: str, folder: Path) -> None:
@@ -226,8 +236,12 @@ def run_stage(stage: str, name: str, folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     kept = folder / "cells.json"
-    again = stage == "check"
-    cells = check_all(name, folder, json.loads(kept.read_text())) if again else compress_all(name, folder)
+    cells = json.loads(kept.read_text()) if kept.is_file() else compress_all(name, folder)
+    if stage == "peer":
+        resource.setrlimit(resource.RLIMIT_AS, (PEER_BYTES, PEER_BYTES))
+        cells[PEER] = tried(lambda cell: prune_with_peer(settled(name), example(name), folder / PEER, cell))
+    elif stage == "check":
+        cells = check_all(name, folder, cells)
     kept.write_text(json.dumps(cells))
 
 
@@ -295,10 +309,10 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="names of torchvision's models (default: all)")
     parser.add_argument("--again", action="store_true", help="measure what is known already, too")
     parser.add_argument("--largest", type=float, default=1000, help="leave out models of more million weights")
-    parser.add_argument("--limit", type=float, default=3600, help="seconds that one model may take")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds that each of a model's processes may take")
     parser.add_argument("--records", type=Path, default=RECORDS, help="the file that keeps one line for each model")
     parser.add_argument("--table", action="store_true", help="only print what is known")
-    parser.add_argument("--stage", choices=("compress", "check"), help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=("compress", "peer", "check"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.stage:

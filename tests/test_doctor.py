@@ -173,13 +173,12 @@ def test_the_command_exports(to, file, tmp_path, monkeypatch, capsys):
     assert file in capsys.readouterr().out and (tmp_path / file).stat().st_size > 0
 
 
-def test_techniques_work_on_models_of_torchvision(tmp_path):
-    """A few of the cells of scripts/coverage.py, in the same two processes."""
+def test_techniques_work_on_a_model_of_torchvision(tmp_path):
+    """One line of scripts/coverage.py, in the same processes: one compresses, another loads and compares."""
     command = [
         sys.executable,
         "scripts/coverage.py",
         "tiny-vit",
-        "tiny-regnet",
         "--records",
         str(tmp_path / "kept.jsonl"),
     ]
@@ -187,4 +186,4 @@ def test_techniques_work_on_models_of_torchvision(tmp_path):
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Torch-Pruning succeeds and ChannelPruning does not: none" in done.stdout
-    assert "10 of 10 cells green" in done.stdout
+    assert "5 of 5 cells green" in done.stdout

@@ -272,10 +272,8 @@ def _lines(found: Diagnosis) -> list[str]:
 
 def _technique_lines(reach: Reach, layers: int) -> list[str]:
     tried = reach.skipped is not None
-    count, size = (
-        (f"{len(reach.reached)} of {layers}" if tried else ""),
-        (f"{reach.size_bytes:,}" * bool(reach.size_bytes)),
-    )
+    count = f"{len(reach.reached)} of {layers}" if tried else ""
+    size = f"{reach.size_bytes:,}" if reach.size_bytes else ""
     lines = [f"{reach.technique:<26}  {reach.status:<10}  {count:>9}  {size:>12}".rstrip()]
     if reach.status == NEEDS_DATA:
         return [f"{lines[0]}: {reach.detail}"]
