@@ -38,7 +38,7 @@ CASES = {
     "Float8": (wb.Float8, {}, "part"),
     "NormalFloat4": (wb.NormalFloat4, {}, "part"),
     "WeightClustering": (wb.WeightClustering, {}, "bits"),
-    "EntropyAwareTraining": (wb.EntropyAwareTraining, {"epochs": 1, "learning_rate": 0.1}, "strength"),
+    "EntropyAwareTraining": (wb.EntropyAwareTraining, {"epochs": 4, "learning_rate": 0.1}, "strength"),
     "Distillation": (wb.Distillation, {"epochs": 1}, "width"),
     "DistillationFeatures": (wb.DistillationFeatures, {"epochs": 1}, "width"),
     "DistillationRelational": (wb.DistillationRelational, {"epochs": 1}, "width"),
