@@ -87,6 +87,14 @@ def test_recorded_pipelines_still_come_out(model, data):
         lesson.quote("deep_compression", wb.Pipeline([wb.MagnitudePruning(sparsity=0.12)]))
 
 
+def test_recorded_orders_still_come_out(model, data):
+    share, prune = wb.WeightClustering(bits=3), wb.MagnitudePruning(sparsity=0.5)
+    for stages in ([prune, share], [share, prune]):
+        found, small = lesson.quote("combining", wb.Pipeline(stages)), wb.Pipeline(stages).compress(model)
+        assert wb.ledger(small).total_bytes == found.record.size_bytes
+        assert abs(wb.evaluate(small, data.val).correct - found.record.correct) <= IMAGES
+
+
 def test_records_belong_to_the_shipped_weights(model):
     weights = fingerprint(model)
     for name in record_names():
@@ -236,6 +244,18 @@ def test_task_asks_for_settings_and_for_harm():
     assert "recalibrate on, wanted off" in task.html and task.solved_by is None
     panel.move(point("b", 500, 20, technique=wb.LowRank(rank=0.5, objective="weights", recalibrate=False)))
     assert task.solved_by is not None
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_task_asks_whether_a_stage_undoes_another(wanted):
+    panel = FakePanel()
+    panel.undone = lambda point: ["A filled 3 zeros, which undoes B."] if point.title == "bad" else []
+    panel.move(point("opening", 1000, 90))
+    task = lesson.task(panel, "Undo.", undoes=wanted)
+    panel.move(point("good", 500, 90))
+    assert "no stage undoes another" in task.html and (task.solved_by is None) == wanted
+    panel.move(point("bad", 400, 90))
+    assert ("A filled 3 zeros, which undoes B" in task.html) == wanted and task.solved_by is not None
 
 
 @pytest.mark.parametrize(("ratio", "faster", "same"), [(2.0, True, False), (1.0, False, True)])
