@@ -62,7 +62,8 @@ def outputs(model, batch):
 
 
 def test_names_are_those_of_the_design():
-    assert [one.name for one in RUNTIMES] == ["eager", "eager channels-last", "openvino", "cuda", "cuda half"]
+    names = ["eager", "eager channels-last", "openvino", "onnxruntime", "cuda", "cuda half"]
+    assert [one.name for one in RUNTIMES] == names
     assert runtime("openvino") is RUNTIMES[2]
     with pytest.raises(ValueError, match="choose one of eager"):
         runtime("abacus")
@@ -121,7 +122,7 @@ def test_the_quick_conversion_compiles_to_the_kernels_of_the_official_one(make, 
     quick = runtime("openvino").prepare(model, images())
     asked = []
 
-    def refuse(traced, example):
+    def refuse(traced, example, shape):
         asked.append(example.shape)
         raise RuntimeError("not this way")
 
