@@ -62,14 +62,8 @@ def outputs(model, batch):
 
 
 def test_names_are_those_of_the_design():
-    assert [one.name for one in RUNTIMES] == [
-        "eager",
-        "eager channels-last",
-        "openvino",
-        "onnxruntime",
-        "cuda",
-        "cuda half",
-    ]
+    names = ["eager", "eager channels-last", "openvino", "onnxruntime", "cuda", "cuda half"]
+    assert [one.name for one in RUNTIMES] == names
     assert runtime("openvino") is RUNTIMES[2]
     with pytest.raises(ValueError, match="choose one of eager"):
         runtime("abacus")

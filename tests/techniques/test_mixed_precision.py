@@ -30,13 +30,20 @@ def error(bits, errors):
 
 
 @pytest.mark.parametrize("budget", [2, 3, 3.5, 5, 8])
-def test_close_to_the_best_of_all_allocations(budget):
+def test_the_best_of_all_allocations(budget):
     sizes, errors = [100, 400, 900], [convex(9.0), convex(1.0), convex(0.3)]
     chosen = allocate_bits(errors, sizes, budget)
     fitting = [b for b in product(BITS, repeat=3) if cost(b, sizes) <= budget * sum(sizes)]
     best = min(error(b, errors) for b in fitting)
     assert cost(chosen, sizes) <= budget * sum(sizes) + 1e-6
-    assert error(chosen, errors) <= best + max(row[0] for row in errors) * 0.05
+    assert error(chosen, errors) == pytest.approx(best)
+
+
+def test_a_large_layer_is_not_left_one_step_short():
+    """Greedy by error per bit gives the small layer all it wants, and then the large ones cannot all have 3 bits."""
+    sizes, errors = [10, 1000, 1000, 1000], [convex(1.0), convex(1.0), convex(1.0), convex(0.9)]
+    assert error(allocate_bits(errors, sizes, 3.0), errors) <= error([3, 3, 3, 3], errors)
+    assert allocate_bits(errors, [1000 * size for size in sizes], 3.02)[1:] == [3, 3, 3]
 
 
 @settings(max_examples=60, deadline=None)
@@ -78,7 +85,7 @@ def test_the_model_has_the_bits_that_were_chosen(trained, sensitivity):
 def test_the_outputs_are_nearer_than_with_the_same_bits_for_all(trained):
     model, data = trained
     images = data.example(64)
-    error = lambda technique: float((technique.compress(model, data)(images) - model(images)).square().mean())
+    error = lambda technique: float((technique.compress(model, data)(images) - model(images)).detach().square().mean())
     even = wb.Quantization(weight_bits=2, activation_bits=32)
     assert error(wb.MixedPrecision(average_bits=2.5, activation_bits=32)) < error(even)
 

@@ -7,13 +7,13 @@ learns it so that the outputs on calibration images change least, and pushes it 
 Settings: `weight_bits`. `granularity` "channel" or "group", with `group_size` weights to a scale. `iterations` of Adam
 for each layer.
 
-When it helps: 3 and 4 bits where there are a few images without labels but no time to train.
+When it helps: 2 to 4 bits where there are a few images without labels but no time to train.
 
 When it does not: at 8 bits the nearest level is as good. It takes seconds, not milliseconds, and each layer is
-learned alone: quantization-aware training goes further, mostly at 2 bits. Activations stay in fp32: add
-Quantization(weight_bits=32) behind it. No kernel here computes with fewer than 8 bits, so the file shrinks and the
-time does not. Grouped convolutions, and layers whose weight is coded already, are rounded to nearest. The inputs are
-those of the full network, and its activation functions are left out of the objective.
+learned alone and without labels, where quantization-aware training changes all of them together. Activations stay in
+fp32: add Quantization(weight_bits=32) behind it. No kernel here computes with fewer than 8 bits, so the file shrinks
+and the time does not. Grouped convolutions, and layers whose weight is coded already, are rounded to nearest. The
+inputs are those of the full network, and its activation functions are left out of the objective.
 
 Source: Nagel et al., 2020, arXiv:2004.10568.
 """

@@ -1,8 +1,4 @@
-"""Pure functions from records, weights or plain numbers to plotly figures, all in one calm theme.
-
-Colors are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), and never the only difference: every role has its
-own symbol or width too. Each figure carries a sentence for those who cannot see it: `summary(figure)`.
-"""
+"""Figures of compression: trade-offs, layers, weights, trainings, and the panel's figure."""
 
 from __future__ import annotations
 
