@@ -31,6 +31,7 @@ from workbench.plots.compression import (
     make_subplots,
     size_text,
 )
+from workbench.profiler.timing import FLOOR
 
 if TYPE_CHECKING:
     from workbench.profiler.layers import LayerTimes
@@ -325,10 +326,11 @@ def win_lose_plot(found: WinLoseMap) -> go.Figure:
 
 
 def win_lose_signs(ratio: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Return one of ▲ ▼ ≈ · for each cell: faster or slower only where the whole interval lies on one side of 1."""
+    """Return one of ▲ ▼ ≈ · for each cell, by the rule of `Ratio.distinguishable`: the whole interval is off 1."""
     known = np.isfinite(ratio)
     with np.errstate(invalid="ignore"):
-        return np.where(~known, UNKNOWN, np.where(low > 1, FASTER, np.where(high < 1, SLOWER, SAME)))
+        signs = np.where(low > 1 + FLOOR, FASTER, np.where(high < 1 / (1 + FLOOR), SLOWER, SAME))
+    return np.where(known, signs, UNKNOWN)
 
 
 def _cell_text(sign: str, ratio: float) -> str:
@@ -481,7 +483,7 @@ def _ending_words(text: str, longest: int = 60) -> str:
 def memory_bars(memories: Mapping[str, Memory], title: str = "Memory") -> go.Figure:
     """Draw bytes of weights and the activations' peak of each model, one on the other; name -> memory."""
     names, figure = list(memories), go.Figure()
-    parts = (("weights", "weight_bytes", BLUE, ""), ("activations, peak", "activation_bytes", ORANGE, "/"))
+    parts = (("weights", "weights_bytes", BLUE, ""), ("activations, peak", "activations_bytes", ORANGE, "/"))
     for label, key, color, pattern in parts:
         values = [getattr(memory, key) for memory in memories.values()]
         bars = go.Bar(x=values, y=names, orientation="h", name=label, width=0.5)
@@ -491,7 +493,7 @@ def memory_bars(memories: Mapping[str, Memory], title: str = "Memory") -> go.Fig
     figure.update_xaxes(title="bytes", tickformat="~s", rangemode="tozero")
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
     words = " ".join(
-        f"{n}: {size_text(m.weight_bytes)} of weights, activations at most {size_text(m.activation_bytes)} at a time."
+        f"{n}: {size_text(m.weights_bytes)} of weights, activations at most {size_text(m.activations_bytes)} at a time."
         for n, m in memories.items()
     )
     layout = {"barmode": "stack", "legend": {**BELOW, "y": -0.3}, "margin": {"l": 56, "r": 16, "t": 40, "b": 90}}
