@@ -15,7 +15,11 @@ def latency(median=1.0, batch=1, threads=1, runtime="eager", precision="fp32"):
 
 
 def layer_times(scale=1.0, split=False, runtime="eager"):
-    shapes = [("features.conv1", "Conv2d", 0.21), ("features.conv2", "Conv2d", 0.9), ("features.bn", "BatchNorm2d", 0.1)]
+    shapes = [
+        ("features.conv1", "Conv2d", 0.21),
+        ("features.conv2", "Conv2d", 0.9),
+        ("features.bn", "BatchNorm2d", 0.1),
+    ]
     shapes += [("fc", "Linear", 0.3), ("pool", "MaxPool2d", 0.05)]
     if split:
         shapes[1:2] = [("features.conv2.0", "Conv2d", 0.3), ("features.conv2.1", "Conv2d", 0.2)]
@@ -39,15 +43,17 @@ def roofline_points(gain=1.0, split=False):
 
 
 def scenarios():
-    rng = np.random.default_rng(0)
-    common = {"runtime": "openvino", "precision": "int8", "threads": 1}
-    waits = lambda count, ms: ms * (1 + rng.exponential(0.3, count))
     return {
-        "single stream": ScenarioResult("single stream", batch=1, latencies_ms=waits(3000, 0.2), seconds=1.0, images=3000, **common),
-        "multi stream": ScenarioResult("multi stream", batch=8, latencies_ms=waits(500, 1.1), seconds=1.0, images=4000, **common),
-        "server": ScenarioResult("server", batch=1, latencies_ms=waits(2400, 0.6), seconds=1.0, images=2400, offered_per_second=2400.0, bound_ms=4.0, **common),
-        "offline": ScenarioResult("offline", batch=64, latencies_ms=waits(90, 7.9), seconds=1.0, images=6000, **common),
-    }  # fmt: skip
+        "single stream": scenario("single stream", 3000, 0.2),
+        "multi stream": scenario("multi stream", 500, 1.1, batch=8),
+        "server": scenario("server", 2400, 0.6, offered_per_second=2400.0, bound_ms=4.0),
+        "offline": scenario("offline", 90, 7.9, batch=64),
+    }
+
+
+def scenario(name, queries, ms, batch=1, **more):
+    latencies = ms * (1 + np.random.default_rng(0).exponential(0.3, queries))
+    return ScenarioResult(name, "openvino", "int8", batch, 1, latencies, 1.0, queries * batch, **more)
 
 
 def sweep_points():
@@ -59,7 +65,9 @@ def software():
         SoftwareRow("eager", "torch as it is", latency(2.7), Ratio(1.0, (1.0, 1.0)), 0.0),
         SoftwareRow("channels last", "memory layout", latency(2.2), Ratio(1.22, (1.2, 1.25)), 1e-7),
         SoftwareRow("bf16", "half the bits", latency(1.1), Ratio(2.4, (2.3, 2.5)), 4e-3),
-        SoftwareRow("torch.compile", "kernels made for this model", note="no C++ compiler on this machine; install g++"),
+        SoftwareRow(
+            "torch.compile", "kernels made for this model", note="no C++ compiler on this machine; install g++"
+        ),
         SoftwareRow("OpenVINO", "Intel's inference engine", latency(1.5), Ratio(1.8, (1.7, 1.9)), 1e-6),
         SoftwareRow("2 threads", "eager on two threads", latency(2.65), Ratio(1.02, (0.97, 1.06)), 0.0),
     ]
