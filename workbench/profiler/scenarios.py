@@ -145,9 +145,8 @@ def server(
     that is not above 0, and unless `prepared` takes batches of one image.
     """
     if not rate_per_second > 0 or not bound_ms > 0:
-        raise ValueError(
-            f"A server needs a rate and a bound above 0, not {rate_per_second} a second and {bound_ms} ms."
-        )
+        offered = f"{rate_per_second} queries a second and {bound_ms} ms"
+        raise ValueError(f"A server needs a rate and a bound above 0, not {offered}.")
     _one_image(prepared, "server")
     arrivals = _poisson(rate_per_second, seconds, seed)
     answers, now = [], 0.0  # seconds on the clock of the run

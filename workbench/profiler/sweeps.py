@@ -39,8 +39,8 @@ def sweep_batches(
     """Time every batch size on every number of threads, all in turns, and yield the points so far.
 
     `example_of(batch)` gives the batch, float (batch, C, H, W), such as `data.example`. While the models are prepared
-    the lists are empty. `calls` and `budget_s` are those of `measure`. Raises RuntimeFailed, which names the batch, where
-    it cannot be prepared, as when it does not fit in memory.
+    the lists are empty. `calls` and `budget_s` are those of `measure`. Raises RuntimeFailed where a batch cannot be
+    prepared, as when it does not fit in memory.
     """
     prepared = []
     for count in threads:
