@@ -30,9 +30,9 @@ def _core():
 class PreparedOpenVINO(Prepared):
     """A model compiled for one input shape; batches of other shapes are compiled when they come."""
 
-    def __init__(self, runtime: Runtime, model: nn.Module, example: Tensor, threads: int):
+    def __init__(self, runtime: OpenVINO, model: nn.Module, example: Tensor, threads: int):
         super().__init__(runtime, example, threads)
-        self.model = runnable(model)
+        self.model, self._floats = runnable(model), runtime.floats
         self._requests = {}
         self._request = self._filled(example)
         self.kernels = tuple(_kernels(self._request.get_compiled_model(), _calls(self.model, example), len(example)))
@@ -44,7 +44,8 @@ class PreparedOpenVINO(Prepared):
 
         shape = tuple(batch.shape)
         if shape not in self._requests:
-            self._requests[shape] = compiled(converted(self.model, batch), self.threads).create_infer_request()
+            made = compiled(converted(self.model, batch), self.threads, self._floats)
+            self._requests[shape] = made.create_infer_request()
         request = self._requests[shape]
         request.set_input_tensor(openvino.Tensor(batch.detach().float().contiguous().numpy(), shared_memory=False))
         return request
@@ -66,9 +67,10 @@ class PreparedOpenVINO(Prepared):
 
 
 class OpenVINO(Runtime):
-    """Intel's inference engine on the processor, told to compute in fp32 wherever the model is not quantized."""
+    """Intel's inference engine on the processor, told to compute in `floats` wherever the model is not quantized."""
 
-    name = "openvino"
+    def __init__(self, name: str = "openvino", floats: str = "f32"):
+        self.name, self.floats = name, floats
 
     def available(self):
         try:
@@ -118,12 +120,12 @@ def _convert_directly(traced, example: Tensor, shape: list[int]):
     return made
 
 
-def compiled(converted, threads: int):
-    """Return the compiled model, which computes in fp32 wherever the model is not quantized."""
+def compiled(converted, threads: int, floats: str = "f32"):
+    """Return the compiled model, which computes in `floats`, "f32" or "bf16", wherever the model is not quantized."""
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",  # else bf16 wherever the processor has it, unasked
+        "INFERENCE_PRECISION_HINT": floats,  # else bf16 wherever the processor has it, unasked
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else activations of weight-only models are quantized, unasked
     }
     return _core().compile_model(converted, "CPU", settings)
