@@ -35,7 +35,7 @@ class PreparedOpenVINO(Prepared):
         self.model, self._floats = runnable(model), runtime.floats
         self._requests = {}
         self._request = self._filled(example)
-        self.kernels = tuple(_kernels(self._request.get_compiled_model(), _calls(self.model, example), len(example)))
+        self.kernels = tuple(self.multiplying(self._request).values())
         self.precision = precisions([kernel.precision for kernel in self.kernels])
         self.note = self._note(is_fake_quantized(model))
 
@@ -49,6 +49,21 @@ class PreparedOpenVINO(Prepared):
         request = self._requests[shape]
         request.set_input_tensor(openvino.Tensor(batch.detach().float().contiguous().numpy(), shared_memory=False))
         return request
+
+    def counting(self, copies: int) -> list:
+        """Return requests of the same model, filled with the example, that count the time of each operation."""
+        import openvino
+
+        made = converted(self.model, self.example)
+        requests = [compiled(made, self.threads, self._floats, counters=True).create_infer_request() for _ in range(copies)]
+        for request in requests:
+            request.set_input_tensor(openvino.Tensor(self.example.detach().float().contiguous().numpy()))
+        return requests
+
+    def multiplying(self, request) -> dict[str, Kernel]:
+        """Return the multiplying layers of a request of this model by the names that its counters go by."""
+        found = _multiplying(request.get_compiled_model(), _calls(self.model, self.example), self.batch)
+        return {node.get_friendly_name(): kernel for node, kernel in found}
 
     def __call__(self, batch: Tensor) -> Tensor:
         request = self._filled(batch)
@@ -120,13 +135,17 @@ def _convert_directly(traced, example: Tensor, shape: list[int]):
     return made
 
 
-def compiled(converted, threads: int, floats: str = "f32"):
-    """Return the compiled model, which computes in `floats`, "f32" or "bf16", wherever the model is not quantized."""
+def compiled(converted, threads: int, floats: str = "f32", counters: bool = False):
+    """Return the compiled model, which computes in `floats`, "f32" or "bf16", wherever the model is not quantized.
+
+    `counters` time each of its operations.
+    """
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": floats,  # else bf16 wherever the processor has it, unasked
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else activations of weight-only models are quantized, unasked
+        "PERF_COUNT": counters,
     }
     return _core().compile_model(converted, "CPU", settings)
 
@@ -145,8 +164,8 @@ def _calls(model: nn.Module, example: Tensor) -> list[tuple[str, int]]:
     return calls
 
 
-def _kernels(compiled, calls: list[tuple[str, int]], batch: int) -> Iterator[Kernel]:
-    """Read the multiplying layers of a compiled model, each named after the next torch layer with as many outputs."""
+def _multiplying(compiled, calls: list[tuple[str, int]], batch: int) -> Iterator[tuple]:
+    """Yield (operation, Kernel) of each multiplying layer, named after the next torch layer with as many outputs."""
     waiting = list(calls)
     for node in compiled.get_runtime_model().get_ordered_ops():
         kind = _info(node, "layerType")
@@ -157,7 +176,33 @@ def _kernels(compiled, calls: list[tuple[str, int]], batch: int) -> Iterator[Ker
         if match:
             waiting.remove(match)
         name = match[0] if match else node.get_friendly_name()
-        yield Kernel(name, _precision(node), _implementation(node))
+        yield node, Kernel(name, _precision(node), _implementation(node))
+
+
+def executed(compiled, names: set[str]) -> Iterator[tuple]:
+    """Yield (name, type, precision, implementation, weight bytes, activation bytes, outputs) of operations that run."""
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        name = node.get_friendly_name()
+        if name in names:
+            weights, activations = _moved(node)
+            kind, size = _info(node, "layerType"), math.prod(node.get_output_shape(0))
+            yield name, kind, _precision(node), _implementation(node), weights, activations, size
+
+
+def _moved(node) -> tuple[int, int]:
+    """Return the bytes of an operation's constants, and of its other inputs and its outputs."""
+    weights, activations = 0, sum(_bytes(port) for port in node.outputs())
+    for port in node.inputs():
+        source = port.get_source_output()
+        if _info(source.get_node(), "layerType") == "Const":
+            weights += _bytes(source)
+        else:
+            activations += _bytes(source)
+    return weights, activations
+
+
+def _bytes(port) -> int:
+    return math.prod(port.get_shape()) * port.get_element_type().bitwidth // 8
 
 
 def _precision(node) -> str:
