@@ -198,14 +198,19 @@ def _multiplying(compiled, calls: list[tuple[str, int]], batch: int) -> Iterator
         yield node, Kernel(name, _precision(node), _implementation(node))
 
 
-def executed(compiled, names: set[str]) -> Iterator[tuple]:
-    """Yield (name, type, precision, implementation, weight bytes, activation bytes, outputs) of operations that run."""
+def executed(compiled, names: set[str]) -> Iterator[tuple[str, dict, int]]:
+    """Yield (name, what is known of it, number of output values) of those operations of a compiled model."""
     for node in compiled.get_runtime_model().get_ordered_ops():
-        name = node.get_friendly_name()
-        if name in names:
+        if node.get_friendly_name() in names:
             weights, activations = _moved(node)
-            kind, size = _info(node, "layerType"), math.prod(node.get_output_shape(0))
-            yield name, kind, _precision(node), _implementation(node), weights, activations, size
+            operation = {
+                "kind": _info(node, "layerType"),
+                "weight_bytes": weights,
+                "activation_bytes": activations,
+                "precision": _precision(node),
+                "implementation": _implementation(node),
+            }
+            yield node.get_friendly_name(), operation, math.prod(node.get_output_shape(0))
 
 
 def _moved(node) -> tuple[int, int]:
