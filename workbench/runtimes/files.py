@@ -134,7 +134,7 @@ def shape_text(shape: tuple[int, ...]) -> str:
 
 
 def _read(path: Path) -> Any:
-    """Return the openvino.Model of a file, by the reader of its own format: Core.read_model asks those of others too."""
+    """Return the openvino.Model of a file, by the reader of its format; Core.read_model would ask every other too."""
     from openvino.frontend import FrontEndManager
 
     reader = FrontEndManager().load_by_framework(READERS[path.suffix.lower()])
