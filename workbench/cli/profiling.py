@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from workbench.cli.choosing import add_split, at_least_one, chosen, compressed, shape_of, technique_named
@@ -61,6 +60,7 @@ def run_profile(args) -> None:
     """Measure a model beside its baseline and print a table and what it says in words; or compare two profiles."""
     if args.compare:
         return _compare(*args.compare)
+    from workbench.profiler import save_profile
     from workbench.reports import html_page, investigate
 
     for path in filter(None, (args.json, args.html)):
@@ -73,16 +73,16 @@ def run_profile(args) -> None:
         )  # fmt: skip
     print(report)
     if args.json:
-        args.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        save_profile(report, args.json)
     if args.html:
         args.html.write_text(html_page(report), encoding="utf-8")
         print(f"\nPage: {args.html}")
 
 
 def _compare(first: Path, second: Path) -> None:
-    from workbench.profiler.comparison import compare_profiles, load_profile
+    from workbench.profiler import compare_profiles, load_profile
 
-    print(compare_profiles(load_profile(first), load_profile(second)))
+    print(compare_profiles(load_profile(first), load_profile(second), (str(first), str(second))))
 
 
 def _require_folder(path: Path) -> None:

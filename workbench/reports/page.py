@@ -159,8 +159,7 @@ def _runtimes(report: Report) -> Iterator[str]:
             samples[f"{run.runtime}, baseline"] = run.baseline.samples_ms
         samples[run.runtime] = run.latency.samples_ms
     yield _figure(plots.latency_distribution(samples, roles=roles))
-    rows = report.profile.table()
-    yield _table((tuple(name.replace("_", " ") for name in rows[0]), [tuple(row.values()) for row in rows]))
+    yield _table(words.runtime_table(report))
 
 
 def _environment(facts: dict[str, Any]) -> str:

@@ -65,6 +65,20 @@ def number(value: float) -> str:
 # --- tables: the same rows for the terminal and for the page ----------------------------------------------------------
 
 
+def runtime_table(report: Report) -> Table:
+    """Return one row a runtime: its single calls, those of the baseline, and throughput at the large batch."""
+    heads = ("runtime", "computes in", "median, ms", "p25, ms", "p75, ms", "p90, ms", "baseline, ms", "against it")
+    heads += ("against the best fp32", "images a second", "batch")
+    rows = []
+    for run in report.profile.runs:
+        own, many, best = run.latency, run.throughput, report.profile.ratio_to_best(run)
+        times = (own.median_ms, own.p25_ms, own.p75_ms, own.p90_ms, run.baseline.median_ms if run.baseline else None)
+        against = tuple("" if ratio is None else str(ratio) for ratio in (run.ratio, best))
+        noisy = " (noisy)" if own.noisy else ""
+        rows.append((run.runtime, own.precision + noisy, *times, *against, many.images_per_second, many.batch))
+    return heads, rows
+
+
 def layer_table(report: Report) -> Table:
     """Return one row a layer in the order they run, and one for what lies outside of them."""
     heads = ("layer", "kind", "ms", "share, %", "multiply-adds", "weights, bytes", "in and out, bytes", "computes in")
