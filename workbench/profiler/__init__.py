@@ -1,9 +1,9 @@
 """How big, how right, how fast: `profile` measures a compressed model beside its baseline, on every runtime here."""
 
-from workbench.profiler.comparison import ComparedRuntime, Comparison
+from workbench.profiler.comparison import ComparedRuntime, Comparison, compare_profiles, load_profile, save_profile
 from workbench.profiler.costs import LayerCost, layer_costs, peak_activation_bytes
 from workbench.profiler.environment import Environment, environment
-from workbench.profiler.memory import Energy, Memory
+from workbench.profiler.memory import Energy, Memory, energy, memory
 from workbench.profiler.profile import profile
 from workbench.profiler.report import Difference, Measures, Profile, Run, accuracy_difference
 from workbench.profiler.scenarios import (
@@ -16,7 +16,7 @@ from workbench.profiler.scenarios import (
     server,
     single_stream,
 )
-from workbench.profiler.software import SoftwareRow
+from workbench.profiler.software import SoftwareRow, best, software_first
 from workbench.profiler.sweeps import BATCHES, SweepPoint, knee, sweep_batches
 from workbench.profiler.timing import ClockJumped, Latency, Ratio, compare, latencies, latency, measure
 
@@ -40,20 +40,27 @@ __all__ = [
     "SoftwareRow",
     "SweepPoint",
     "accuracy_difference",
+    "best",
     "compare",
+    "compare_profiles",
+    "energy",
     "environment",
     "knee",
     "latencies",
     "latency",
     "layer_costs",
+    "load_profile",
     "measure",
+    "memory",
     "multi_stream",
     "offline",
     "peak_activation_bytes",
     "profile",
     "repeated",
+    "save_profile",
     "scenarios",
     "server",
     "single_stream",
+    "software_first",
     "sweep_batches",
 ]
