@@ -2,26 +2,45 @@
 
 from workbench.profiler.costs import LayerCost, layer_costs, peak_activation_bytes
 from workbench.profiler.environment import Environment, environment
+from workbench.profiler.layers import LayerTime, LayerTimes, layer_times
+from workbench.profiler.limits import Limits, limits
 from workbench.profiler.profile import profile
 from workbench.profiler.report import Difference, Measures, Profile, Run, accuracy_difference
+from workbench.profiler.roofline import Roofline, RooflinePoint, measure_roofline, points, roofline
 from workbench.profiler.timing import Latency, Ratio, compare, latencies, latency, measure
+from workbench.profiler.verdicts import KINDS, Taken, Verdict, verdicts, whole_verdict
 
 __all__ = [
+    "KINDS",
     "Difference",
     "Environment",
     "Latency",
     "LayerCost",
+    "LayerTime",
+    "LayerTimes",
+    "Limits",
     "Measures",
     "Profile",
     "Ratio",
+    "Roofline",
+    "RooflinePoint",
     "Run",
+    "Taken",
+    "Verdict",
     "accuracy_difference",
     "compare",
     "environment",
     "latencies",
     "latency",
     "layer_costs",
+    "layer_times",
+    "limits",
     "measure",
+    "measure_roofline",
     "peak_activation_bytes",
+    "points",
     "profile",
+    "roofline",
+    "verdicts",
+    "whole_verdict",
 ]
