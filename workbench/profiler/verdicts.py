@@ -211,7 +211,8 @@ def verdicts(
     With `baseline` both are timed in turns. Raises RuntimeFailed if the runtime cannot run or does not show layers.
     """
     known, found = limits(runtime, threads), layer_times(model, example, runtime, threads)
-    bodies, shapes = dict(weighted_layers(model)), _input_shapes(model, example)
+    torch_model = isinstance(model, nn.Module)  # a file's layers are judged by their times alone
+    bodies, shapes = (dict(weighted_layers(model)), _input_shapes(model, example)) if torch_model else ({}, {})
     each = []
     for layer in found.layers:
         verdict, body = _layer_verdict(layer, bodies.get(layer.name), found, known), bodies.get(layer.name)
