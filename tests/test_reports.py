@@ -23,21 +23,22 @@ def subject(name="tiny"):
 @pytest.fixture(scope="module")
 def measured():
     """A real report of a tiny model, each section as short as it can be."""
-    asked = ("layers", "memory", "software")
+    asked = ("layers", "memory")
     return investigate(subject(), subject("other"), asked, seconds=0.05, runtimes=["openvino"], calls=10)
 
 
 def test_a_report_holds_what_was_asked_for(measured):
     assert measured.runtime == "openvino" and measured.missing == {}
     assert {"0", "3"} <= {layer.name for layer in measured.layers.layers} and measured.baseline_layers is not None
-    assert set(measured.memory) == {"baseline", "now"} and measured.software[0].ran
-    assert not measured.scenarios and measured.roofline is None
+    assert set(measured.memory) == {"baseline", "now"}
+    assert not measured.scenarios and not measured.software and measured.roofline is None
 
 
 def test_a_report_is_saved_and_compared_as_a_profile_is(measured, tmp_path):
     path = save_profile(measured, tmp_path / "tiny.json")
     found = load_profile(path)
-    assert found["layers"]["layers"][0]["name"] == "0" and found["runtimes"][0]["runtime"] == "openvino"
+    assert "0" in [layer["name"] for layer in found["layers"]["layers"]]
+    assert found["runtimes"][0]["runtime"] == "openvino"
     compared = compare_profiles(found, found)
     assert compared.rows[0].versus == "not distinguishable" and not compared.differences
 
