@@ -183,33 +183,27 @@ class InstrumentedOpenVINO(Instrumented):
         self._calls += 1
 
     def times_ms(self) -> np.ndarray:
-        used = [copy for copy in self._copies if len(copy.walls) > COLD_CALLS]
-        return min(used, key=_Counted.disturbance).times_ms()
+        used = [copy.times_ms() for copy in self._copies if copy.calls > COLD_CALLS]
+        return min(used, key=np.sum)
 
 
 class _Counted:
     """One compiled copy; its counters are averages over all calls, in whole microseconds, and cannot be cleared."""
 
     def __init__(self, request, names: list[str]):
-        self.request, self.names, self.walls = request, names, []
+        self.request, self.names, self.calls = request, names, 0
         for _ in range(COLD_CALLS):
             self.run()
         self.cold_us = self._averages_us()
 
     def run(self) -> None:
-        start = time.perf_counter_ns()
         self.request.infer()
-        self.walls.append(time.perf_counter_ns() - start)
-
-    def disturbance(self) -> float:
-        """Return how much longer the average call took than the typical one."""
-        warm = self.walls[COLD_CALLS:]
-        return float(np.mean(warm) / np.median(warm))
+        self.calls += 1
 
     def times_ms(self) -> np.ndarray:
-        """Return the averages without the cold calls, brought down to the typical call."""
-        sums_us = self._averages_us() * len(self.walls) - self.cold_us * COLD_CALLS
-        return np.maximum(sums_us, 0) / (len(self.walls) - COLD_CALLS) / 1000 / self.disturbance()
+        """Return the averages over the calls that were not cold."""
+        sums_us = self._averages_us() * self.calls - self.cold_us * COLD_CALLS
+        return np.maximum(sums_us, 0) / (self.calls - COLD_CALLS) / 1000
 
     def _averages_us(self) -> np.ndarray:
         found = {info.node_name: info.real_time.total_seconds() for info in self.request.get_profiling_info()}
