@@ -1,20 +1,32 @@
 """How big, how right, how fast: `profile` measures a compressed model beside its baseline, on every runtime here."""
 
+from workbench.profiler.comparison import ComparedRuntime, Comparison
 from workbench.profiler.costs import LayerCost, layer_costs, peak_activation_bytes
 from workbench.profiler.environment import Environment, environment
+from workbench.profiler.memory import Energy, Memory
 from workbench.profiler.profile import profile
 from workbench.profiler.report import Difference, Measures, Profile, Run, accuracy_difference
+from workbench.profiler.scenarios import SCENARIOS, ScenarioResult, SweepPoint
+from workbench.profiler.software import SoftwareRow
 from workbench.profiler.timing import Latency, Ratio, compare, latencies, latency, measure
 
 __all__ = [
+    "SCENARIOS",
+    "ComparedRuntime",
+    "Comparison",
     "Difference",
+    "Energy",
     "Environment",
     "Latency",
     "LayerCost",
     "Measures",
+    "Memory",
     "Profile",
     "Ratio",
     "Run",
+    "ScenarioResult",
+    "SoftwareRow",
+    "SweepPoint",
     "accuracy_difference",
     "compare",
     "environment",

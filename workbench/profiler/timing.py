@@ -63,6 +63,16 @@ class Latency:
         return self._percentile(90) if self.calls >= 100 else None
 
     @property
+    def p99_ms(self) -> float | None:
+        """The 99th percentile, or None below 1,000 calls, which are too few to know it."""
+        return self._percentile(99) if self.calls >= 1000 else None
+
+    @property
+    def iqr_ms(self) -> float:
+        """The interquartile range, from the 25th to the 75th percentile."""
+        return self.p75_ms - self.p25_ms
+
+    @property
     def images_per_second(self) -> float:
         return 1000 * self.batch / self.median_ms
 
@@ -88,7 +98,9 @@ class Latency:
             "median_ms",
             "p25_ms",
             "p75_ms",
+            "iqr_ms",
             "p90_ms",
+            "p99_ms",
             "noisy",
         )
         return {name: getattr(self, name) for name in names}
