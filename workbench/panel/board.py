@@ -134,9 +134,18 @@ class Panel(ipywidgets.VBox):
             self.presets = {**controls.presets(kind, start), **self._presets}
         for control in self.controls.values():
             control.observe(self._changed, "value")
-        self.knob_row.children = (*self.controls.values(), self.runtime)
+        self.knob_row.children = (*self.controls.values(), *self._conditions())
         self.preset.options = [("choose …", ""), *((n, n) for n in self.presets)]
         self.header.html, self.card.html = self._header_html(), words.card(kind)
+
+    def _conditions(self) -> tuple:
+        """Return the controls that say under which conditions latency is measured."""
+        return (self.runtime,)
+
+    @property
+    def place(self) -> str:
+        """Where latency is measured, as the tiles and the points' timings call it."""
+        return self.runtime.value
 
     def _recorded(self) -> list:
         """Return the shipped records of this technique on this model, or those that the caller gave."""
@@ -294,7 +303,7 @@ class Panel(ipywidgets.VBox):
 
     def _submit(self, rest: float = REST) -> None:
         try:
-            technique, name = self.technique, self.runtime.value
+            technique, name = self.technique, self.place
         except ValueError as error:  # settings that do not go together
             self.worker.stop()
             self._say(words.sentence(error))
@@ -313,12 +322,12 @@ class Panel(ipywidgets.VBox):
 
     def train(self) -> None:
         """Train with the shown settings, drawing loss and accuracy."""
-        technique, name = self.technique, self.runtime.value
+        technique, name = self.technique, self.place
         self.worker.submit(lambda stale: self._train(technique, name, stale))
 
     def report(self) -> None:
         """Measure the shown setting on the test images, once."""
-        technique, name = self.technique, self.runtime.value
+        technique, name = self.technique, self.place
         self.worker.submit(lambda stale: self._report(technique, name, stale))
 
     def wait_idle(self, timeout: float = 60.0) -> bool:
@@ -524,7 +533,7 @@ class Panel(ipywidgets.VBox):
             self.train_button.description = self._train_label
             self.train_button.disabled = not hint or self._training is not None
             self.train_button.layout.display = "none" if self.train_button.disabled else None
-            name, now, base, pinned = self.runtime.value, self.point, self.baseline, self.pinned
+            name, now, base, pinned = self.place, self.point, self.baseline, self.pinned
             self.tiles.html = words.tiles(now, base, pinned, name, self._gpu)
             if figure:
                 self._draw_figure(name)

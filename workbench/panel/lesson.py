@@ -568,13 +568,13 @@ def _loss(point: Point, baseline: Point, fits: Callable[[float], bool], wanted: 
 
 
 def _ratio(panel: Panel, point: Point):
-    timing = point.timings.get(panel.runtime.value)
+    timing = point.timings.get(panel.place)
     return speed(timing) if timing and timing.done else None
 
 
 def _faster(panel: Panel, wanted: float) -> Condition:
     def look(point, _baseline):
-        ratio, where = _ratio(panel, point), panel.runtime.value
+        ratio, where = _ratio(panel, point), panel.place
         if ratio is None:
             return None, f"latency on {where} is being measured"
         told = f"{times(ratio.value)} the speed" if ratio.distinguishable else "not distinguishable in time"
@@ -585,7 +585,7 @@ def _faster(panel: Panel, wanted: float) -> Condition:
 
 def _no_faster(panel: Panel) -> Condition:
     def look(point, _baseline):
-        ratio, where = _ratio(panel, point), panel.runtime.value
+        ratio, where = _ratio(panel, point), panel.place
         if ratio is None:
             return None, f"latency on {where} is being measured"
         gained = ratio.distinguishable and ratio.value > 1

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from html import escape
 
-from workbench.panel.measure import OTHER, Point, Timing, changed, difference
+from workbench.panel.measure import OTHER, Point, Prediction, Timing, changed, difference
 from workbench.profiler import compare, environment
 from workbench.profiler.report import Difference
 from workbench.technique import Pipeline, Technique
@@ -167,9 +167,9 @@ def tile(kind: str, title: str, value: str, unit: str, lines: Iterable[tuple[str
 def tiles(now: Point | None, baseline: Point | None, pinned: Point | None, name: str, gpu: tuple[str, str]) -> str:
     """Return the four tiles; `name` is the CPU runtime, `gpu` is (runtime or "", why there is none)."""
     made = [_size(now, baseline, pinned), _accuracy(now, baseline, pinned)]
-    made.append(_latency("latency", "latency, CPU, batch 1", name, now, pinned))
+    made.append(latency_tile("latency", "latency, CPU, batch 1", name, now, pinned))
     if gpu[0]:
-        made.append(_latency("gpu", "latency, GPU, batch 1", gpu[0], now, pinned))
+        made.append(latency_tile("gpu", "latency, GPU, batch 1", gpu[0], now, pinned))
     else:
         made.append(tile("gpu", "latency, GPU, batch 1", DASH, "", [("none", escape(gpu[1]))]))
     return f'<div class="wb-tiles">{"".join(made)}</div>'
@@ -216,18 +216,34 @@ def _against_best(timing: Timing) -> tuple[str, str]:
     return mood, f'{said} <span class="wb-than">vs {escape(timing.best.runtime)}</span>'
 
 
-def _latency(kind: str, title: str, name: str, now: Point | None, pinned: Point | None) -> str:
-    timing = now and now.timings.get(name)
+def latency_tile(kind: str, title: str, name: str, now: Point | None, pinned: Point | None) -> str:
+    """Return the tile of a latency: predicted until it is measured, and then both."""
+    timing, guess = now and now.timings.get(name), now and now.predicted.get(name)
     if not timing or not timing.now or not timing.now.calls:
-        return tile(kind, title, DASH, "ms", [("none", DASH), ("none", DASH), _pin(None)], escape(name))
+        value, unit = (milliseconds(guess.ms), f"ms {PREDICTED}") if guess else (DASH, "ms")
+        return tile(
+            kind, title, value, unit, [("none", DASH), ("none", DASH), _pin(None), _foreseen(guess)], escape(name)
+        )
     lines = [compare_ratio(speed(timing))]
     lines.append(_against_best(timing))
     other = pinned and pinned is not now and pinned.timings.get(name)
     # Times of separate runs are shown side by side; no claim is made about their ratio.
     lines.append(_pin(("none", f"{milliseconds(other.now.median_ms)} ms") if other and other.now else None))
+    lines.append(_foreseen(guess))
     precision = f'computes in <b class="wb-precision">{escape(timing.precision)}</b>'
     noisy = ", noisy" if timing.now.noisy else ""
     return tile(kind, title, milliseconds(timing.now.median_ms), "ms", lines, f"{escape(name)}, {precision}{noisy}")
+
+
+PREDICTED = '<span class="wb-predicted">predicted</span>'
+
+
+def _foreseen(guess: Prediction | None) -> tuple[str, str]:
+    """Say what was predicted and how far off that was, here and as a rule."""
+    if guess is None or guess.error is None:
+        return "none", "&nbsp;"
+    usual = f", {100 * guess.median_error:.0f} % as a rule" if guess.median_error is not None else ""
+    return "none", f"predicted {milliseconds(guess.ms)} ms: {100 * guess.error:.0f} % off{usual}"
 
 
 # --- in words ------------------------------------------------------------------------------------------------------
