@@ -80,19 +80,19 @@ def weigh(title: str, technique: Technique | None, model: nn.Module, example: Te
     costs = layer_costs(model, example)
     layer_bytes, layer_macs, layer_parameters = ({name: 0 for name in [*layers, OTHER]} for _ in range(3))
     for row in book.rows:
-        home = _home(row.name, layers)
+        home = home(row.name, layers)
         layer_bytes[home] += row.weight_bytes + row.table_bytes + row.index_bytes
         layer_parameters[home] += row.parameters
     layer_bytes[OTHER] += book.total_bytes - sum(layer_bytes.values())
     for cost in costs:
-        layer_macs[_home(cost.name, layers)] += cost.macs
+        layer_macs[home(cost.name, layers)] += cost.macs
     macs = sum(layer_macs.values())
     return Point(
         title, technique, model, book.total_bytes, book.parameters, macs, layer_bytes, layer_macs, layer_parameters
     )
 
 
-def _home(name: str, layers: list[str]) -> str:
+def home(name: str, layers: list[str]) -> str:
     """Return the baseline's layer that a tensor or a factor belongs to: "conv2.0.weight" -> "conv2"."""
     inside = [layer for layer in layers if name == layer or name.startswith(layer + ".")]
     return max(inside, key=len, default=OTHER)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from html import escape
 
 from workbench.panel.measure import OTHER, Point, Prediction, Timing, changed, difference
-from workbench.profiler import compare, environment
+from workbench.profiler import LayerTime, LayerTimes, ScenarioResult, Verdict, compare, environment
 from workbench.profiler.report import Difference
 from workbench.technique import Pipeline, Technique
 from workbench.weights import sparsity
@@ -166,13 +166,17 @@ def tile(kind: str, title: str, value: str, unit: str, lines: Iterable[tuple[str
 
 def tiles(now: Point | None, baseline: Point | None, pinned: Point | None, name: str, gpu: tuple[str, str]) -> str:
     """Return the four tiles; `name` is the CPU runtime, `gpu` is (runtime or "", why there is none)."""
-    made = [_size(now, baseline, pinned), _accuracy(now, baseline, pinned)]
+    made = [size_tile(now, baseline, pinned), accuracy_tile(now, baseline, pinned)]
     made.append(latency_tile("latency", "latency, CPU, batch 1", name, now, pinned))
     if gpu[0]:
         made.append(latency_tile("gpu", "latency, GPU, batch 1", gpu[0], now, pinned))
     else:
         made.append(tile("gpu", "latency, GPU, batch 1", DASH, "", [("none", escape(gpu[1]))]))
-    return f'<div class="wb-tiles">{"".join(made)}</div>'
+    return row_of(made)
+
+
+def row_of(tiles: Iterable[str]) -> str:
+    return f'<div class="wb-tiles">{"".join(tiles)}</div>'
 
 
 def _pin(mood_words: tuple[str, str] | None) -> tuple[str, str]:
@@ -183,7 +187,7 @@ def _pin(mood_words: tuple[str, str] | None) -> tuple[str, str]:
     return mood, f'<span class="wb-star">★</span> vs pinned: {words}'
 
 
-def _size(now, baseline, pinned) -> str:
+def size_tile(now, baseline, pinned) -> str:
     title = "size of the file"
     if now is None:
         return tile("size", title, DASH, "kB", [("none", DASH), _pin(None)])
@@ -192,7 +196,7 @@ def _size(now, baseline, pinned) -> str:
     return tile("size", title, kilobytes(now.size_bytes), "kB", lines, f"baseline {kilobytes(baseline.size_bytes)} kB")
 
 
-def _accuracy(now, baseline, pinned) -> str:
+def accuracy_tile(now, baseline, pinned) -> str:
     title = "accuracy, validation"
     if now is None or now.accuracy is None:
         note = "" if baseline is None or baseline.accuracy is None else f"baseline {baseline.accuracy.percent:.1f} %"
@@ -233,6 +237,36 @@ def latency_tile(kind: str, title: str, name: str, now: Point | None, pinned: Po
     precision = f'computes in <b class="wb-precision">{escape(timing.precision)}</b>'
     noisy = ", noisy" if timing.now.noisy else ""
     return tile(kind, title, milliseconds(timing.now.median_ms), "ms", lines, f"{escape(name)}, {precision}{noisy}")
+
+
+def scenario_tile(name: str, now: ScenarioResult | None, baseline: ScenarioResult | None, pinned) -> str:
+    """Return the tile of an MLPerf-like scenario: images a second, how long queries waited, and whether in time.
+
+    Scenarios run one after the other, not in turns, so their figures stand side by side without a ratio.
+    """
+    title = f"images a second, {escape(name)}"
+    if now is None or not now.queries:
+        return tile("scenario", title, DASH, "images/s", [("none", DASH), ("none", DASH), _pin(None)], "MLPerf-like")
+    tail = [f"{label} {milliseconds(ms)} ms" for label, ms in (("p90", now.p90_ms), ("p99", now.p99_ms)) if ms]
+    lines = [("none", " · ".join(tail) or f"median {milliseconds(now.p50_ms)} ms"), _in_time(now)]
+    lines.append(_pin(("none", f"{rate(pinned)} images/s") if pinned and pinned is not now else None))
+    beside = f"baseline {rate(baseline)} · " if baseline else ""
+    return tile("scenario", title, rate(now), "images/s", lines, f"{beside}{now.queries:,} queries, MLPerf-like")
+
+
+def rate(result: ScenarioResult) -> str:
+    per_second = result.images_per_second
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.1f}"
+
+
+def _in_time(result: ScenarioResult) -> tuple[str, str]:
+    """Say whether a server kept its bound; other scenarios have none."""
+    if result.bound_ms is None:
+        return "none", "&nbsp;"
+    bound = f"bound {milliseconds(result.bound_ms)} ms at {result.offered_per_second:,.0f} queries/s"
+    if result.kept is None:
+        return "none", bound
+    return ("good", f"✓ {bound}") if result.kept else ("bad", f"✗ {bound}")
 
 
 PREDICTED = '<span class="wb-predicted">predicted</span>'
@@ -330,6 +364,19 @@ def _why(now: Point, baseline: Point, name: str) -> list[str]:
     return said
 
 
+def verdict_list(verdicts: Iterable[Verdict], why_not: str = "") -> str:
+    """Return the verdicts, that on the whole model first, each with its evidence and one thing to try."""
+    ordered = sorted(verdicts, key=lambda verdict: verdict.layer is not None)
+    rows = "".join(f"<li>{_verdict(verdict)}</li>" for verdict in ordered)
+    missing = f"<p>{escape(why_not)}</p>" if why_not else ""
+    return f"<h4>Why it is as fast as it is</h4><ul>{rows}</ul>{missing}" if rows or missing else ""
+
+
+def _verdict(verdict: Verdict) -> str:
+    where = f"<code>{escape(verdict.layer)}</code> " if verdict.layer else ""
+    return f'{where}<b class="wb-kind">{escape(verdict.kind)}</b> {escape(str(verdict))}'
+
+
 # --- the table -----------------------------------------------------------------------------------------------------
 
 
@@ -347,6 +394,30 @@ def table(now: Point | None, baseline: Point | None, pinned: Point | None) -> st
     return (
         f"<details><summary>Table</summary><div class='wb-tables'>{whole}{_layer_table(now, baseline)}</div></details>"
     )
+
+
+def layer_times_table(times: dict[str, LayerTimes], verdicts: Iterable[Verdict]) -> str:
+    """Return a fold with each layer's time and what it computes and moves, for each of the named models."""
+    said = {verdict.layer: verdict.kind for verdict in verdicts}
+    made = "".join(_times_table(name, one, said if name == "now" else {}) for name, one in times.items())
+    return f"<details><summary>Layers</summary><div class='wb-tables'>{made}</div></details>" if made else ""
+
+
+def _times_table(name: str, times: LayerTimes, verdicts: dict[str | None, str]) -> str:
+    heads = ("ms", "share, %", "multiply-adds", "weights, bytes", "in and out, bytes", "computes in", "kernel", "verdict")
+    head = "".join(f"<th scope=col>{text}</th>" for text in (name, *heads))
+    rows = "".join(_times_row(layer, verdicts.get(layer.name, "")) for layer in times.layers)
+    share = 100 * times.outside_ms / times.total_ms
+    rest = _row("outside layers", [f"{times.outside_ms:.4f}", f"{share:.1f}", *[DASH] * 6])
+    whole = _row("end to end", [f"{times.total_ms:.4f}", "100.0", *[DASH] * 6])
+    return f"<table data-sorts><thead><tr>{head}</tr></thead><tbody>{rows}</tbody><tfoot>{rest}{whole}</tfoot></table>"
+
+
+def _times_row(layer: LayerTime, verdict: str) -> str:
+    counts = [f"{number:,}" for number in (layer.macs, layer.weight_bytes, layer.activation_bytes)]
+    texts = [escape(text) for text in (layer.precision, layer.kernel, verdict)]
+    label = f"{escape(layer.name)} <small>{escape(layer.kind)}</small>"
+    return _row(label, [f"{layer.ms:.4f}", f"{100 * layer.share:.1f}", *counts, *texts])
 
 
 def _row(label: str, cells: list[str]) -> str:

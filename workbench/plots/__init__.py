@@ -40,6 +40,7 @@ from workbench.plots.compression import (
     weight_histogram,
     without_training,
 )
+from workbench.plots.profiler_panel import Shown, profiler_figure
 from workbench.plots.profiles import (
     batch_sweep,
     layer_treemap,
@@ -67,6 +68,7 @@ __all__ = [
     "ROLE",
     "SERIES",
     "SKY",
+    "Shown",
     "VERMILLION",
     "accuracy_range",
     "batch_sweep",
@@ -85,6 +87,7 @@ __all__ = [
     "memory_bars",
     "panel_figure",
     "points",
+    "profiler_figure",
     "roofline_arrows",
     "roofline_plot",
     "roofline_points",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from workbench.plots.compression import ANCHOR, INK, ROLE, _bars, _box, _calm, _short, latency_range
+from workbench.plots.compression import ANCHOR, GREY, INK, ROLE, _bars, _box, _calm, _short, latency_range
 from workbench.plots.profiles import _name_peaks, _roofline_ranges, _roofs, roofline_arrows, roofline_points
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TITLES = ("roofline of this machine", "milliseconds per layer", "single queries")
 ROLES = ("baseline", "now")
+MOST_ROOFS = 8  # four levels of memory, and precisions
 
 
 @dataclass
@@ -33,7 +34,7 @@ def profiler_figure(
 ) -> go.Figure:
     """Draw the roofline with both models' layers, the milliseconds of each of `layers`, and single queries.
 
-    The first traces are always the same ones in the same order; those of the roofs come last, once there are any.
+    There are always the same traces in the same order, so that a page's figure can be moved to what this one shows.
     """
     both = {"baseline": baseline or Shown(), "now": now or Shown()}
     titled = {"subplot_titles": TITLES, "row_heights": [0.7, 0.3], "vertical_spacing": 0.22}
@@ -94,11 +95,17 @@ def _add_roofs(figure: go.Figure, roofline: Roofline | None, points: Sequence[Ro
     powers = {"type": "log", "dtick": 1, "exponentformat": "none"}
     figure.update_xaxes(title="multiply-adds × 2 per byte moved", range=xs, **powers, row=1, col=1)
     figure.update_yaxes(title="billion operations a second", range=ys, **powers, row=1, col=1)
+    drawn = _roofs(roofline) if roofline else []
+    for roof in [*drawn, *(_no_roof() for _ in range(MOST_ROOFS - len(drawn)))]:
+        figure.add_trace(roof, 1, 1)
     if roofline:
-        for roof in _roofs(roofline):
-            figure.add_trace(roof, 1, 1)
         titles = len(figure.layout.annotations)
         _name_peaks(figure, roofline)
         for name in figure.layout.annotations[titles:]:  # at the right end of this plot, not of the whole figure
             name.xref = "x domain"
     return figure
+
+
+def _no_roof() -> go.Scatter:
+    line = {"color": GREY, "width": 1, "dash": "solid"}
+    return go.Scatter(x=[], y=[], mode="lines", line=line, name="", showlegend=False, hovertemplate="")
