@@ -31,6 +31,7 @@ from workbench.plots.compression import (
     make_subplots,
     size_text,
 )
+from workbench.profiler.timing import FLOOR
 
 if TYPE_CHECKING:
     from workbench.profiler.layers import LayerTimes
@@ -66,7 +67,7 @@ def layer_treemap(times: LayerTimes, by: str = "ms", title: str = "") -> go.Figu
     heading, text = MEASURES[by]
     tiles = [(layer.name, float(getattr(layer, by)), _kind_color(layer.kind), layer.kind) for layer in times.layers]
     if by == "ms" and times.outside_ms > 0:
-        tiles.append((OUTSIDE, times.outside_ms, "#d9d9d9", "calls, copies and what has no module of its own"))
+        tiles.append((OUTSIDE, times.outside_ms, "#d9d9d9", "between the layers"))
     whole = sum(value for _, value, _, _ in tiles)
     nodes = _tree(tiles)
     names, values = list(nodes), [node[0] for node in nodes.values()]
@@ -79,7 +80,7 @@ def layer_treemap(times: LayerTimes, by: str = "ms", title: str = "") -> go.Figu
         text=[f"{text(value)}, {value / max(whole, 1e-12):.0%}" for value in values],
         customdata=[node[2] for node in nodes.values()],
         marker={"colors": [node[1] for node in nodes.values()], "line": {"width": 1.5, "color": "white"}},
-        texttemplate="<b>%{label}</b><br>%{text}",
+        texttemplate="<b>%{label}</b><br>%{customdata}<br>%{text}",
         hovertemplate="%{id}<br>%{customdata}<br>%{text}<extra></extra>",
         tiling={"pad": 2, "packing": "squarify"},
         pathbar={"visible": True, "thickness": 18},
@@ -198,7 +199,7 @@ def roofline_plot(
     "roofline-now"; `roofline_points` and `roofline_arrows` give what they are updated with.
     """
     figure = go.Figure(_roofs(roofline) if roofline else [])
-    arrow = {"symbol": "arrow", "size": 11, "angleref": "previous", "color": INK}
+    arrow = {"symbol": "arrow", "size": 11, "standoff": 7, "angleref": "previous", "color": INK}
     arrows = roofline_arrows(before, points)
     line = {"color": INK, "width": 1}
     figure.add_trace(
@@ -215,7 +216,9 @@ def roofline_plot(
     figure.update_xaxes(title="multiply-adds × 2 per byte moved", type="log", range=xs, dtick=1, exponentformat="none")
     figure.update_yaxes(title="billion operations a second", type="log", range=ys, dtick=1, exponentformat="none")
     words = _roofline_words(roofline, points)
-    return _calm(figure, words, 460, **_title(title), legend={**BELOW, "y": -0.14}, margin={"b": 100, "l": 56, "r": 20})
+    return _calm(
+        figure, words, 460, **_title(title), legend={**BELOW, "y": -0.14}, margin={"l": 56, "r": 20, "t": 40, "b": 96}
+    )
 
 
 def roofline_points(points: Sequence[RooflinePoint]) -> dict[str, list]:
@@ -260,11 +263,13 @@ def _roofs(roofline: Roofline) -> list[go.Scatter]:
 
 
 def _name_peaks(figure: go.Figure, roofline: Roofline) -> None:
-    """Write each precision and its peak at the right end of its roof."""
-    for precision, peak in roofline.peaks.items():
-        text = f"{precision} {peak:,.0f} G/s"
-        place = {"x": 1, "xref": "paper", "xanchor": "right", "y": math.log10(peak), "yanchor": "bottom"}
-        figure.add_annotation(text=text, showarrow=False, font={"size": 12}, **place)
+    """Write each precision and its peak on its roof: at the right end, or left of a label that is just as high."""
+    x, before = 1.0, math.inf
+    for precision, peak in sorted(roofline.peaks.items(), key=lambda item: -item[1]):
+        x = x - 0.17 if math.log10(before / peak) < 0.25 else 1.0
+        place = {"x": x, "xref": "paper", "xanchor": "right", "y": math.log10(peak), "yanchor": "bottom"}
+        figure.add_annotation(text=f"{precision} {peak:,.0f} G/s", showarrow=False, **place)
+        before = peak
 
 
 def _roofline_ranges(roofline: Roofline | None, points: Sequence[RooflinePoint]) -> tuple[list, list]:
@@ -325,10 +330,11 @@ def win_lose_plot(found: WinLoseMap) -> go.Figure:
 
 
 def win_lose_signs(ratio: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Return one of ▲ ▼ ≈ · for each cell: faster or slower only where the whole interval lies on one side of 1."""
+    """Return one of ▲ ▼ ≈ · for each cell, by the rule of `Ratio.distinguishable`: the whole interval is off 1."""
     known = np.isfinite(ratio)
     with np.errstate(invalid="ignore"):
-        return np.where(~known, UNKNOWN, np.where(low > 1, FASTER, np.where(high < 1, SLOWER, SAME)))
+        signs = np.where(low > 1 + FLOOR, FASTER, np.where(high < 1 / (1 + FLOOR), SLOWER, SAME))
+    return np.where(known, signs, UNKNOWN)
 
 
 def _cell_text(sign: str, ratio: float) -> str:
@@ -376,7 +382,9 @@ def scenario_latencies(results: Mapping[str, ScenarioResult], title: str = "MLPe
     bars = go.Bar(x=rates, y=names, orientation="h", marker_color=BLUE, showlegend=False, width=0.5)
     bars.update(text=[f"{rate:,.0f}" for rate in rates], textposition="outside", cliponaxis=False)
     figure.add_trace(bars.update(hovertemplate="%{y}: %{x:,.0f} images/s<extra></extra>"), 1, 2)
-    figure.update_xaxes(type="log", row=1, col=1).update_xaxes(range=[0, 1.35 * max(rates, default=1)], row=1, col=2)
+    figure.update_xaxes(**_log_ticks(figure, "x"), row=1, col=1).update_xaxes(
+        range=[0, 1.35 * max(rates, default=1)], row=1, col=2
+    )
     figure.update_yaxes(type="category", categoryarray=names, range=[len(names) - 0.5, -0.5])
     words = " ".join(_scenario_words(name, result) for name, result in results.items())
     layout = {"legend": {**BELOW, "y": -0.3}, "margin": {"l": 56, "r": 24, "t": 70, "b": 84}}
@@ -416,9 +424,20 @@ def batch_sweep(
             figure.add_trace(go.Scatter(y=[y], showlegend=col == 1, hoverinfo="name", **star), 1, col)
     ticks = sorted({point.batch for point in points})
     figure.update_xaxes(title="batch size", type="log", tickvals=ticks, ticktext=[str(t) for t in ticks])
-    figure.update_yaxes(type="log", nticks=5, col=1).update_yaxes(rangemode="tozero", col=2)
+    figure.update_yaxes(**_log_ticks(figure, "y"), col=1).update_yaxes(rangemode="tozero", col=2)
     layout = {"legend": {**BELOW, "y": -0.22}, "margin": {"l": 56, "r": 16, "t": 70, "b": 90}}
     return _calm(figure, _sweep_words(points, knee), 380, **_title(title), **layout)
+
+
+def _log_ticks(figure: go.Figure, axis: str) -> dict:
+    """Return a logarithmic axis for what the left plot's traces show, its ticks 1, 2, 5, 10 … written out."""
+    left = [trace for trace in figure.data if trace.xaxis in (None, "x")]
+    shown = [value for trace in left for value in trace[axis] if value is not None and value > 0]
+    low, high = min(shown, default=1.0), max(shown, default=1.0)
+    steps = (1, 2, 5) if high < 100 * low else (1,)
+    ticks = [step * 10.0**power for power in range(-5, 7) for step in steps]
+    span = [math.log10(low) - 0.12, math.log10(high) + 0.12]
+    return {"type": "log", "range": span, "tickvals": ticks, "ticktext": [f"{tick:,.6g}" for tick in ticks]}
 
 
 def _threads_text(count: int) -> str:
@@ -447,19 +466,18 @@ def software_bars(
 
     What could not run has no bar, and its reason beside its name.
     """
-    ran = [row for row in rows if row.latency is not None]
+    ran = [row for row in rows if row.ran]
     best = min(ran, key=lambda row: row.latency.median_ms, default=None)
-    names = [row.name for row in rows]
-    values = [row.latency.median_ms if row.latency is not None else 0 for row in rows]
-    spread = [(row.latency.p75_ms, row.latency.p25_ms) if row.latency is not None else (0, 0) for row in rows]
-    errors = {"array": [high - v for (high, _), v in zip(spread, values, strict=True)], "thickness": 1.2, "width": 3}
-    errors |= {"arrayminus": [v - low for (_, low), v in zip(spread, values, strict=True)], "color": INK}
+    quartiles = [_quartiles(row) for row in rows]  # of what did not run: nothing
+    values, names = [middle for _, middle, _ in quartiles], [row.name for row in rows]
+    errors = {"array": [high - middle or None for _, middle, high in quartiles], "thickness": 1.2, "width": 3}
+    errors |= {"arrayminus": [middle - low or None for low, middle, _ in quartiles], "color": INK}
     bars = go.Bar(x=values, y=names, orientation="h", error_x=errors, width=0.6)
     bars.update(marker_color=[BLUE if row is best else "#b9b9b9" for row in rows], hoverinfo="skip")
     figure = go.Figure(bars)
     top = max((row.latency.p75_ms for row in ran), default=1.0)
-    for row, (high, _) in zip(rows, spread, strict=True):
-        text = _software_text(row, row is best)
+    for row, (_, _, high) in zip(rows, quartiles, strict=True):
+        text = _software_text(row, row is best, row is rows[0])
         figure.add_annotation(x=high, y=row.name, text=text, showarrow=False, xanchor="left", xshift=8, align="left")
     figure.update_annotations(font_size=12).update_yaxes(type="category", autorange="reversed", showgrid=False)
     figure.update_xaxes(title="milliseconds, median", range=[0, 1.9 * top])
@@ -467,10 +485,14 @@ def software_bars(
     return _calm(figure, words, 120 + 30 * len(rows), **_title(title), showlegend=False)
 
 
-def _software_text(row: SoftwareRow, best: bool) -> str:
-    if row.latency is None:
+def _quartiles(row: SoftwareRow) -> tuple[float, float, float]:
+    return (row.latency.p25_ms, row.latency.median_ms, row.latency.p75_ms) if row.ran else (0.0, 0.0, 0.0)
+
+
+def _software_text(row: SoftwareRow, best: bool, first: bool) -> str:
+    if not row.ran:
         return _ending_words(f"not run: {row.note}")
-    ratio = "" if row.ratio is None else f", {row.ratio}"
+    ratio = "" if row.ratio is None or first else f", {row.ratio}"  # the first is what the others are compared with
     return f"{row.latency.median_ms:.3g} ms{ratio}" + (" ★ best" if best else "")
 
 
@@ -481,18 +503,27 @@ def _ending_words(text: str, longest: int = 60) -> str:
 def memory_bars(memories: Mapping[str, Memory], title: str = "Memory") -> go.Figure:
     """Draw bytes of weights and the activations' peak of each model, one on the other; name -> memory."""
     names, figure = list(memories), go.Figure()
-    parts = (("weights", "weight_bytes", BLUE, ""), ("activations, peak", "activation_bytes", ORANGE, "/"))
+    parts = (("weights", "weights_bytes", BLUE, ""), ("activations, peak", "activations_bytes", ORANGE, "/"))
     for label, key, color, pattern in parts:
         values = [getattr(memory, key) for memory in memories.values()]
         bars = go.Bar(x=values, y=names, orientation="h", name=label, width=0.5)
-        bars.update(marker={"color": color, "pattern": {"shape": pattern, "fgcolor": "white", "size": 6}})
+        bars.update(
+            marker={
+                "color": color,
+                "pattern": {"shape": pattern, "fgcolor": "white", "size": 7, "solidity": 0.15, "fillmode": "overlay"},
+            }
+        )
         bars.update(text=[size_text(v) for v in values], textposition="auto", insidetextanchor="middle")
         figure.add_trace(bars.update(hovertemplate="%{y}: %{text}<extra>" + label + "</extra>"))
     figure.update_xaxes(title="bytes", tickformat="~s", rangemode="tozero")
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
     words = " ".join(
-        f"{n}: {size_text(m.weight_bytes)} of weights, activations at most {size_text(m.activation_bytes)} at a time."
+        f"{n}: {size_text(m.weights_bytes)} of weights, activations at most {size_text(m.activations_bytes)} at a time."
         for n, m in memories.items()
     )
-    layout = {"barmode": "stack", "legend": {**BELOW, "y": -0.3}, "margin": {"l": 56, "r": 16, "t": 40, "b": 90}}
+    layout = {
+        "barmode": "stack",
+        "legend": {**BELOW, "y": -0.3, "traceorder": "normal"},
+        "margin": {"l": 56, "r": 16, "t": 40, "b": 90},
+    }
     return _calm(figure, words or "No memory was measured.", 180 + 40 * len(names), **_title(title), **layout)
