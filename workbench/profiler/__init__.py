@@ -6,12 +6,24 @@ from workbench.profiler.environment import Environment, environment
 from workbench.profiler.memory import Energy, Memory
 from workbench.profiler.profile import profile
 from workbench.profiler.report import Difference, Measures, Profile, Run, accuracy_difference
-from workbench.profiler.scenarios import SCENARIOS, ScenarioResult, SweepPoint
+from workbench.profiler.scenarios import (
+    SCENARIOS,
+    ScenarioResult,
+    multi_stream,
+    offline,
+    repeated,
+    scenarios,
+    server,
+    single_stream,
+)
 from workbench.profiler.software import SoftwareRow
-from workbench.profiler.timing import Latency, Ratio, compare, latencies, latency, measure
+from workbench.profiler.sweeps import BATCHES, SweepPoint, knee, sweep_batches
+from workbench.profiler.timing import ClockJumped, Latency, Ratio, compare, latencies, latency, measure
 
 __all__ = [
+    "BATCHES",
     "SCENARIOS",
+    "ClockJumped",
     "ComparedRuntime",
     "Comparison",
     "Difference",
@@ -30,10 +42,18 @@ __all__ = [
     "accuracy_difference",
     "compare",
     "environment",
+    "knee",
     "latencies",
     "latency",
     "layer_costs",
     "measure",
+    "multi_stream",
+    "offline",
     "peak_activation_bytes",
     "profile",
+    "repeated",
+    "scenarios",
+    "server",
+    "single_stream",
+    "sweep_batches",
 ]

@@ -19,11 +19,17 @@ from workbench.runtimes import Prepared, threads
 ROUNDS = 20
 FEWEST_ROUNDS = 6  # with five, all on one side of 1 is no 95 % proof: by chance alone it happens in 2 of 2**5 cases
 BLOCK_MS = 12  # short, so that a panel can stop between two blocks, and a drift of the machine reaches everyone alike
-WARM_UP_MS = 100
+WARM_UP_MS = 250  # at most: a machine that is never steady is measured all the same, and called noisy
+STEADY = 0.05  # the difference between two groups of calls that are taken to be alike
+LONGEST_MS = 3_600_000.0  # no call takes an hour; a clock that says so was set, or slept
 FLOOR = 0.03  # no smaller difference is claimed, however narrow the interval: where weights lie in memory makes as much
 NOISY_FLOOR = 0.1  # where the times drifted while they were taken
 RESAMPLES = 2000
 _RUNS = itertools.count(1)
+
+
+class ClockJumped(RuntimeError):
+    """A call seemed to take no time, less than none, or hours: the clock cannot be trusted, so nothing is reported."""
 
 
 @dataclass(frozen=True)
@@ -146,13 +152,13 @@ def measure(
 
     Ends after `calls` calls of each, rounded up to a full round; or after the first full round past `budget_s` seconds,
     but not before six. Between two blocks the number of threads and the garbage collector are as they were, so the
-    caller may draw, or close the generator.
+    caller may draw, or close the generator. Raises ClockJumped where a time cannot be true.
     """
     if not prepared or calls < 1:
         raise ValueError("measure needs at least one prepared model and one call.")
     run, rounds, warm = next(_RUNS), [[] for _ in prepared], []
     for one in prepared:
-        warm.append(_warm_up(one))
+        warm.append(warm_up(one))
         yield _snapshot(prepared, rounds, run)
     size = max(1, min(math.ceil(calls / ROUNDS), int(BLOCK_MS / max(warm))))  # one for all: equal calls, paired rounds
     start, rng = time.perf_counter(), np.random.default_rng(seed)
@@ -204,8 +210,8 @@ def _halves_agree(ratios: np.ndarray) -> bool:
 
 
 @contextlib.contextmanager
-def _undisturbed(count: int) -> Iterator[None]:
-    """Hold the measuring lock, the number of threads and the garbage collector for the length of the block."""
+def undisturbed(count: int) -> Iterator[None]:
+    """Hold the measuring lock, torch's number of threads and the garbage collector for the length of the block."""
     with threads(count):
         collecting = gc.isenabled()
         gc.disable()
@@ -216,26 +222,40 @@ def _undisturbed(count: int) -> Iterator[None]:
                 gc.enable()
 
 
-def _warm_up(prepared: Prepared) -> float:
+def warm_up(prepared: Prepared) -> float:
     """Run until two neighboring groups of calls agree or time is up; return the quickest group, in ms for a call."""
-    with _undisturbed(prepared.threads):
-        start, groups = time.perf_counter(), [_group(prepared)]
-        while (time.perf_counter() - start) * 1000 < WARM_UP_MS:
+    with undisturbed(prepared.threads):
+        start, groups = time.perf_counter(), [_group(prepared), _group(prepared)]
+        while not _steady(*groups[-2:]) and (time.perf_counter() - start) * 1000 < WARM_UP_MS:
             groups.append(_group(prepared))
-            if abs(groups[-1] - groups[-2]) < 0.05 * groups[-1]:
-                break
-    return max(min(groups), 1e-6)
+    return min(groups)
+
+
+def checked_ms(taken: Sequence[float] | np.ndarray) -> Sequence[float] | np.ndarray:
+    """Return times in ms as they are; raises ClockJumped if one of them cannot be how long a call took."""
+    times_ms = np.asarray(taken)
+    wrong = times_ms[~((times_ms > 0) & (times_ms < LONGEST_MS))]  # NaN is wrong too
+    if not len(wrong):
+        return taken
+    raise ClockJumped(
+        f"The clock says that a call took {wrong[0]:,.6g} ms, which cannot be. Perhaps the machine slept, its clock was "
+        "set, or the model does nothing at all. Nothing of this run is reported; measure again."
+    )
+
+
+def _steady(first: float, second: float) -> bool:
+    return abs(first - second) < STEADY * second
 
 
 def _group(prepared: Prepared, size: int = 3) -> float:
-    return float(np.median([prepared.timed() for _ in range(size)]))
+    return float(np.median(checked_ms([prepared.timed() for _ in range(size)])))
 
 
 def _block(prepared: Prepared, size: int, refresh: bool) -> tuple[float, ...]:
-    with _undisturbed(prepared.threads):
+    with undisturbed(prepared.threads):
         if refresh:
             prepared.run()  # the model before it has left its own weights in the cache
-        return tuple(prepared.timed() for _ in range(size))
+        return tuple(checked_ms([prepared.timed() for _ in range(size)]))
 
 
 def _snapshot(prepared: Sequence[Prepared], rounds: list[list], run: int) -> list[Latency]:

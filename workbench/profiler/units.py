@@ -27,3 +27,8 @@ def size(count: float) -> str:
 def listed(names: list[str]) -> str:
     """Join names as a sentence does: a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """Write a count with its noun: 1 image, 1,024 images, 2 queries."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
