@@ -9,6 +9,7 @@ import torch
 from workbench.runtimes.base import MEASURING, Kernel, Prepared, Runtime, RuntimeFailed, threads
 from workbench.runtimes.cuda import Cuda
 from workbench.runtimes.eager import Eager, bake, is_fake_quantized
+from workbench.runtimes.files import ModelFile, is_model_file, read_model_file
 from workbench.runtimes.onnx import OnnxRuntime
 from workbench.runtimes.openvino import OpenVINO
 
@@ -39,12 +40,15 @@ __all__ = [
     "MEASURING",
     "RUNTIMES",
     "Kernel",
+    "ModelFile",
     "Prepared",
     "Runtime",
     "RuntimeFailed",
     "available_runtimes",
     "bake",
     "is_fake_quantized",
+    "is_model_file",
+    "read_model_file",
     "runtime",
     "threads",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from workbench.runtimes.base import Kernel, Prepared, Runtime, precisions
 from workbench.runtimes.eager import is_fake_quantized
+from workbench.runtimes.files import ModelFile, graph_of
 from workbench.surgery import clone, weighted_layers
 from workbench.weights import bake_weights
 
@@ -30,14 +31,15 @@ def _core():
 class PreparedOpenVINO(Prepared):
     """A model compiled for one input shape; batches of other shapes are compiled when they come."""
 
-    def __init__(self, runtime: Runtime, model: nn.Module, example: Tensor, threads: int):
+    def __init__(self, runtime: Runtime, model: nn.Module | ModelFile, example: Tensor, threads: int):
         super().__init__(runtime, example, threads)
         self.model = runnable(model)
+        self._dtype = model.dtype if isinstance(model, ModelFile) else torch.float32
         self._requests = {}
         self._request = self._filled(example)
         self.kernels = tuple(_kernels(self._request.get_compiled_model(), _calls(self.model, example), len(example)))
         self.precision = precisions([kernel.precision for kernel in self.kernels])
-        self.note = self._note(is_fake_quantized(model))
+        self.note = self._note(isinstance(model, nn.Module) and is_fake_quantized(model))
 
     def _filled(self, batch: Tensor):
         import openvino
@@ -46,7 +48,8 @@ class PreparedOpenVINO(Prepared):
         if shape not in self._requests:
             self._requests[shape] = compiled(converted(self.model, batch), self.threads).create_infer_request()
         request = self._requests[shape]
-        request.set_input_tensor(openvino.Tensor(batch.detach().float().contiguous().numpy(), shared_memory=False))
+        batch = batch.detach().to(self._dtype).contiguous()
+        request.set_input_tensor(openvino.Tensor(batch.numpy(), shared_memory=False))
         return request
 
     def __call__(self, batch: Tensor) -> Tensor:
@@ -80,13 +83,21 @@ class OpenVINO(Runtime):
     def _prepare(self, model, example, threads):
         return PreparedOpenVINO(self, model, example, threads)
 
+    def _prepare_file(self, file, example, threads):
+        prepared = PreparedOpenVINO(self, file, example, threads)
+        prepared.difference = None
+        prepared.run()
+        return prepared
 
-def runnable(model: nn.Module) -> nn.Module:
+
+def runnable(model: nn.Module | ModelFile) -> nn.Module | ModelFile:
     """Return a copy of `model` in which only what becomes an integer kernel is still computed from something else."""
+    if isinstance(model, ModelFile):
+        return model
     return bake_weights(clone(model), keep_quantizers=True).requires_grad_(False)
 
 
-def converted(model: nn.Module, example: Tensor, any_batch: bool = False):
+def converted(model: nn.Module | ModelFile, example: Tensor, any_batch: bool = False):
     """Return the OpenVINO model of a `runnable` model for the shape of `example`, or for batches of any size of it.
 
     Tracing a function instead of the module skips scripting every submodule, and the frontend is called directly:
@@ -94,6 +105,8 @@ def converted(model: nn.Module, example: Tensor, any_batch: bool = False):
     """
     import openvino
 
+    if isinstance(model, ModelFile):
+        return graph_of(model, example)
     with torch.no_grad():
         traced = torch.jit.trace(lambda batch: model(batch), example, check_trace=False)
     shape = [-1 if any_batch else len(example), *example.shape[1:]]
@@ -129,9 +142,14 @@ def compiled(converted, threads: int):
     return _core().compile_model(converted, "CPU", settings)
 
 
-def _calls(model: nn.Module, example: Tensor) -> list[tuple[str, int]]:
-    """Return (layer, number of output values) of each call of a linear or convolution layer on one image, in order."""
+def _calls(model: nn.Module | ModelFile, example: Tensor) -> list[tuple[str, int]]:
+    """Return (layer, number of output values) of each call of a linear or convolution layer on one image, in order.
+
+    A file's layers have no other names than their own.
+    """
     calls, hooks = [], []
+    if isinstance(model, ModelFile):
+        return calls
     for name, layer in weighted_layers(model):
         hook = lambda _layer, _args, output, name=name: calls.append((name, output.numel()))
         hooks.append(layer.register_forward_hook(hook))
