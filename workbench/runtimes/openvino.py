@@ -37,7 +37,7 @@ class PreparedOpenVINO(Prepared):
         self._dtype = model.dtype if isinstance(model, ModelFile) else torch.float32
         self._requests = {}
         self._request = self._filled(example)
-        self.kernels = tuple(_kernels(self._request.get_compiled_model(), _calls(self.model, example), len(example)))
+        self.kernels = tuple(self.multiplying(self._request).values())
         self.precision = precisions([kernel.precision for kernel in self.kernels])
         self.note = self._note(isinstance(model, nn.Module) and is_fake_quantized(model))
 
@@ -51,6 +51,21 @@ class PreparedOpenVINO(Prepared):
         batch = batch.detach().to(self._dtype).contiguous()
         request.set_input_tensor(openvino.Tensor(batch.numpy(), shared_memory=False))
         return request
+
+    def counting(self, copies: int) -> list:
+        """Return requests of the same model, filled with the example, that count the time of each operation."""
+        import openvino
+
+        made = converted(self.model, self.example)
+        requests = [compiled(made, self.threads, counters=True).create_infer_request() for _ in range(copies)]
+        for request in requests:
+            request.set_input_tensor(openvino.Tensor(self.example.detach().float().contiguous().numpy()))
+        return requests
+
+    def multiplying(self, request) -> dict[str, Kernel]:
+        """Return the multiplying layers of a request of this model by the names that its counters go by."""
+        found = _multiplying(request.get_compiled_model(), _calls(self.model, self.example), self.batch)
+        return {node.get_friendly_name(): kernel for node, kernel in found}
 
     def __call__(self, batch: Tensor) -> Tensor:
         request = self._filled(batch)
@@ -131,13 +146,14 @@ def _convert_directly(traced, example: Tensor, shape: list[int]):
     return made
 
 
-def compiled(converted, threads: int):
-    """Return the compiled model, which computes in fp32 wherever the model is not quantized."""
+def compiled(converted, threads: int, counters: bool = False):
+    """Return the compiled model, which computes in fp32 wherever the model is not quantized; `counters` time it."""
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": "f32",  # else bf16 wherever the processor has it, unasked
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else activations of weight-only models are quantized, unasked
+        "PERF_COUNT": counters,
     }
     return _core().compile_model(converted, "CPU", settings)
 
@@ -161,8 +177,8 @@ def _calls(model: nn.Module | ModelFile, example: Tensor) -> list[tuple[str, int
     return calls
 
 
-def _kernels(compiled, calls: list[tuple[str, int]], batch: int) -> Iterator[Kernel]:
-    """Read the multiplying layers of a compiled model, each named after the next torch layer with as many outputs."""
+def _multiplying(compiled, calls: list[tuple[str, int]], batch: int) -> Iterator[tuple]:
+    """Yield (operation, Kernel) of each multiplying layer, named after the next torch layer with as many outputs."""
     waiting = list(calls)
     for node in compiled.get_runtime_model().get_ordered_ops():
         kind = _info(node, "layerType")
@@ -173,7 +189,33 @@ def _kernels(compiled, calls: list[tuple[str, int]], batch: int) -> Iterator[Ker
         if match:
             waiting.remove(match)
         name = match[0] if match else node.get_friendly_name()
-        yield Kernel(name, _precision(node), _implementation(node))
+        yield node, Kernel(name, _precision(node), _implementation(node))
+
+
+def executed(compiled, names: set[str]) -> Iterator[tuple]:
+    """Yield (name, type, precision, implementation, weight bytes, activation bytes, outputs) of operations that run."""
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        name = node.get_friendly_name()
+        if name in names:
+            weights, activations = _moved(node)
+            kind, size = _info(node, "layerType"), math.prod(node.get_output_shape(0))
+            yield name, kind, _precision(node), _implementation(node), weights, activations, size
+
+
+def _moved(node) -> tuple[int, int]:
+    """Return the bytes of an operation's constants, and of its other inputs and its outputs."""
+    weights, activations = 0, sum(_bytes(port) for port in node.outputs())
+    for port in node.inputs():
+        source = port.get_source_output()
+        if _info(source.get_node(), "layerType") == "Const":
+            weights += _bytes(source)
+        else:
+            activations += _bytes(source)
+    return weights, activations
+
+
+def _bytes(port) -> int:
+    return math.prod(port.get_shape()) * port.get_element_type().bitwidth // 8
 
 
 def _precision(node) -> str:

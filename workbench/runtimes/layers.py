@@ -1,0 +1,215 @@
+"""A prepared model that also tells how long each of its layers took: torch by its modules, OpenVINO by its counters.
+
+torch times each layer around its own `forward` with the processor's clock or the GPU's events; OpenVINO counts inside
+(`PERF_COUNT`, as `benchmark_app -pc` does). Both are copies: the model that is timed end to end stays undisturbed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from workbench.runtimes.base import Prepared, RuntimeFailed
+from workbench.runtimes.cuda import PreparedCuda
+from workbench.runtimes.eager import DTYPES, PreparedEager
+from workbench.runtimes.openvino import PreparedOpenVINO, executed
+from workbench.surgery import clone, model_class
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
+COUNTERS = 3  # copies that OpenVINO counts in: it gives only averages, and the median of three outlives a disturbance
+COLD_CALLS = 5  # the first calls of a compiled model set up its scratch space, and the counters cannot be cleared
+
+
+@dataclass(frozen=True)
+class Part:
+    """A layer as a runtime holds it; multiply-adds and bytes are those of one call with the whole batch."""
+
+    name: str
+    kind: str
+    macs: int
+    weight_bytes: int
+    activation_bytes: int
+    precision: str
+    implementation: str
+
+
+class Instrumented(Prepared):
+    """A copy of a prepared model that notes its layers' times whenever it runs."""
+
+    parts: tuple[Part, ...]
+
+    def __init__(self, prepared: Prepared):
+        self.__dict__.update(prepared.__dict__)
+
+    def times_ms(self) -> np.ndarray:
+        """Return how long each of `parts` took in a typical call so far, float (len(parts),)."""
+        raise NotImplementedError
+
+
+def instrumented(prepared: Prepared) -> list[Instrumented]:
+    """Return copies of `prepared` whose times can be averaged; raises RuntimeFailed if its runtime shows no layers."""
+    if isinstance(prepared, PreparedEager):
+        return [InstrumentedTorch(prepared)]
+    if isinstance(prepared, PreparedOpenVINO):
+        return [InstrumentedOpenVINO(prepared, request) for request in prepared.counting(COUNTERS)]
+    raise RuntimeFailed(f"{prepared.runtime} does not show its layers; choose eager, openvino or cuda.")
+
+
+# --- torch ---------------------------------------------------------------------------------------------------------
+
+
+class InstrumentedTorch(Instrumented):
+    """A torch model whose layers' `forward` is wrapped with two looks at the clock."""
+
+    def __init__(self, prepared: PreparedEager):
+        super().__init__(prepared)
+        self._original, self.model = prepared, clone(prepared.model)
+        layers = {name: layer for layer, name in {layer: name for name, layer in layers_inside(self.model)}.items()}
+        self.parts = tuple(self._parts(layers))
+        self._marks: list[tuple[int, object, object]] = []
+        self._rows: list[np.ndarray] = []
+        self._event = isinstance(prepared, PreparedCuda)
+        for index, part in enumerate(self.parts):
+            self._wrap(index, layers[part.name])
+
+    def _parts(self, layers: dict[str, nn.Module]) -> Iterator[Part]:
+        """Run the model once and yield the layers that are called, in the order of their first call."""
+        seen: dict[str, list[tuple[int, int]]] = {}
+
+        def note(name: str, layer: nn.Module):
+            def hook(_layer, args, output):
+                seen.setdefault(name, []).append((_macs(layer, output), _nbytes(args) + _nbytes(output)))
+
+            return layer.register_forward_hook(hook)
+
+        hooks = [note(name, layer) for name, layer in layers.items()]
+        with torch.inference_mode():
+            self.model(self.example)
+        for hook in hooks:
+            hook.remove()
+        for name, calls in seen.items():
+            macs, activations = (sum(column) for column in zip(*calls, strict=True))
+            yield _torch_part(name, layers[name], macs, activations, self.precision)
+
+    def _wrap(self, index: int, layer: nn.Module) -> None:
+        forward, marks, now = layer.forward, self._marks, self._now
+
+        def timed_forward(*args, **kwargs):
+            start = now()
+            output = forward(*args, **kwargs)
+            marks.append((index, start, now()))
+            return output
+
+        layer.forward = timed_forward
+
+    def _now(self):
+        if not self._event:
+            return time.perf_counter_ns()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def run(self) -> None:
+        self._marks.clear()
+        type(self._original).run(self)
+        row = np.zeros(len(self.parts))
+        for index, start, end in self._marks:
+            row[index] += start.elapsed_time(end) if self._event else (end - start) / 1e6
+        self._rows.append(row)
+
+    def timed(self) -> float:
+        start = time.perf_counter_ns()
+        self.run()
+        return (time.perf_counter_ns() - start) / 1e6
+
+    def times_ms(self) -> np.ndarray:
+        return np.median(self._rows, axis=0)
+
+
+def layers_inside(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, layer) of the modules that compute: those without children, and torch's own that are no containers.
+
+    What hangs on such a layer, like a quantizer of its inputs, runs beside its `forward` and is a layer of its own.
+    """
+    own = type(model).__module__.startswith("torch.nn.modules") and not isinstance(model, CONTAINERS)
+    children = list(model.named_children())
+    if own or not children:
+        yield prefix, model
+    for name, child in children:
+        if not own or not type(child).__module__.startswith("torch.nn."):
+            yield from layers_inside(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _macs(layer: nn.Module, output) -> int:
+    if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and isinstance(output, Tensor):
+        return layer.weight[0].numel() * output.numel()
+    return 0
+
+
+def _nbytes(values) -> int:
+    if isinstance(values, Tensor):
+        return values.nbytes
+    return sum(map(_nbytes, values)) if isinstance(values, list | tuple) else 0
+
+
+def _torch_part(name: str, layer: nn.Module, macs: int, activations: int, precision: str) -> Part:
+    held = list(layer.parameters(recurse=False))
+    weights = sum(p.nbytes for p in held)
+    computes = DTYPES.get(held[0].dtype, precision) if held else precision
+    return Part(name, type(layer).__name__, macs, weights, activations, computes, type(layer).__name__)
+
+
+# --- OpenVINO ------------------------------------------------------------------------------------------------------
+
+
+class InstrumentedOpenVINO(Instrumented):
+    """The same model compiled once more, with counters: averages over all calls so far, in whole microseconds.
+
+    A call that the machine disturbs lifts the averages, and it may hit any layer. So they are brought down by as much
+    as the typical call is quicker than the average one.
+    """
+
+    def __init__(self, prepared: PreparedOpenVINO, request):
+        super().__init__(prepared)
+        self._request, self._walls = request, []
+        for _ in range(COLD_CALLS):
+            self.run()
+        rows = list(_openvino_parts(prepared, request))
+        self.parts, self._names = tuple(part for part, _ in rows), [name for _, name in rows]
+        self._cold = self._averages_us()
+
+    def run(self) -> None:
+        start = time.perf_counter_ns()
+        self._request.infer()
+        self._walls.append(time.perf_counter_ns() - start)
+
+    def _averages_us(self) -> np.ndarray:
+        found = {info.node_name: info.real_time.total_seconds() for info in self._request.get_profiling_info()}
+        return np.array([1e6 * found[name] for name in self._names])
+
+    def times_ms(self) -> np.ndarray:
+        walls = self._walls[COLD_CALLS:]
+        sums_us = self._averages_us() * len(self._walls) - self._cold * COLD_CALLS
+        typical = float(np.median(walls) / np.mean(walls))
+        return np.maximum(sums_us, 0) / len(walls) / 1000 * typical
+
+
+def _openvino_parts(prepared: PreparedOpenVINO, request) -> Iterator[tuple[Part, str]]:
+    """Yield each operation that runs, and the name that its counter goes by, in the order they run."""
+    ran = {info.node_name for info in request.get_profiling_info() if info.status.name == "EXECUTED"}
+    modules, kernels = dict(prepared.model.named_modules()), prepared.multiplying(request)
+    for name, kind, precision, implementation, weights, activations, outputs in executed(
+        request.get_compiled_model(), ran
+    ):
+        module = modules.get(kernels[name].layer) if name in kernels else None
+        if module is None:
+            yield Part(name, kind, 0, weights, activations, precision, implementation), name
+        else:
+            macs = module.weight[0].numel() * outputs
+            kind = model_class(module).__name__
+            yield Part(kernels[name].layer, kind, macs, weights, activations, precision, implementation), name
