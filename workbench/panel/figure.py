@@ -10,7 +10,6 @@ from workbench import plots
 from workbench.panel.measure import OTHER, Point, Timing
 
 
-
 class Figure(go.FigureWidget):
     """A figure that tells a page which opens later what it shows now; plotly's own tells what it showed at first."""
 

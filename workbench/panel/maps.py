@@ -12,14 +12,15 @@ from workbench import plots
 from workbench.panel import controls, words
 from workbench.panel.lesson import Card, Plot
 from workbench.panel.worker import Steps, Worker
-from workbench.profiler import WinLoseMap, integer_map, low_rank_map, sparse_map, width_map
+from workbench.profiler import maps as measured
+from workbench.profiler.maps import WinLoseMap
 
 FRAME = 1.0  # seconds between two drawings: each replaces the whole figure on the page
 MAPS: dict[str, Callable[[], Iterator[WinLoseMap]]] = {
-    "zeros × batch": sparse_map,
-    "rank × size": low_rank_map,
-    "bits × size": integer_map,
-    "channels": width_map,
+    "zeros × batch": lambda: measured.sparse_map(),
+    "rank × size": lambda: measured.low_rank_map(),
+    "bits × size": lambda: measured.integer_map(),
+    "channels": lambda: measured.width_map(),
 }
 
 
@@ -40,7 +41,10 @@ class MapPanel(ipywidgets.VBox):
         self.plot = Plot()
         self.worker = Worker(self._failed)
         self.choice.observe(lambda _: self._draw(), "value")
-        self.children = (controls.row("wb-acts", self.choice, self.measure_button, self.stop_button, self.status), self.plot)
+        self.children = (
+            controls.row("wb-acts", self.choice, self.measure_button, self.stop_button, self.status),
+            self.plot,
+        )
         self.add_class("wb-panel")
         self._drawn = 0.0
         self._draw()

@@ -80,9 +80,9 @@ def weigh(title: str, technique: Technique | None, model: nn.Module, example: Te
     costs = layer_costs(model, example)
     layer_bytes, layer_macs, layer_parameters = ({name: 0 for name in [*layers, OTHER]} for _ in range(3))
     for row in book.rows:
-        home = home(row.name, layers)
-        layer_bytes[home] += row.weight_bytes + row.table_bytes + row.index_bytes
-        layer_parameters[home] += row.parameters
+        layer = home(row.name, layers)
+        layer_bytes[layer] += row.weight_bytes + row.table_bytes + row.index_bytes
+        layer_parameters[layer] += row.parameters
     layer_bytes[OTHER] += book.total_bytes - sum(layer_bytes.values())
     for cost in costs:
         layer_macs[home(cost.name, layers)] += cost.macs
@@ -193,6 +193,13 @@ def _try(model: nn.Module, example: Tensor, name: str, threads: int) -> Prepared
         return prepared_baseline(model, example, name, threads)
     except RuntimeFailed:
         return None
+
+
+# --- predicted, then measured --------------------------------------------------------------------------------------
+
+
+def track(point: Point, baseline: nn.Module, place: str) -> None:
+    """Set the prediction of a point beside its measurement."""
 
 
 # --- the test images -----------------------------------------------------------------------------------------------

@@ -18,32 +18,20 @@ from workbench.panel.figure import ProfilerDrawing
 from workbench.panel.measure import OTHER, Point
 from workbench.panel.worker import Steps
 from workbench.plots import Shown
-from workbench.profiler import (
-    SCENARIOS,
-    LayerTimes,
-    Roofline,
-    RooflinePoint,
-    ScenarioResult,
-    Verdict,
-    layer_times,
-    measure_roofline,
-    multi_stream,
-    offline,
-    roofline_points,
-    server,
-    single_stream,
-    verdicts,
-)
+from workbench.profiler import SCENARIOS, ScenarioResult, multi_stream, offline, server, single_stream
+from workbench.profiler import verdicts as judging
 from workbench.profiler.environment import allowed_cores
+from workbench.profiler.layers import LayerTimes, layer_times
+from workbench.profiler.roofline import Roofline, RooflinePoint, growing_roofline, points
+from workbench.profiler.scenarios import BOUND, FEWEST_FOR_P99, LEAST_BOUND_MS, LOAD
+from workbench.profiler.sweeps import BATCHES
+from workbench.profiler.verdicts import Verdict
 from workbench.runtimes import Prepared, RuntimeFailed, available_runtimes, runtime
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
 BATCHED = ("multi stream", "offline")  # in the other scenarios a query is one image
 OUTSIDE = "outside layers"
 SECONDS = 1.5  # of each scenario, for each model
 LAYER_CALLS = 60
-LOAD = 0.8  # of what the baseline could answer, offered to both models by the server scenario
-BOUND = 20  # times the baseline's median: what a server's queries may take
 
 
 class Here(NamedTuple):
@@ -174,7 +162,6 @@ class ProfilerPanel(Panel):
             if self.state == "stopped":
                 self._draw()
         self._progress("done", self._hint() or "measured", stale)
-        yield from self._foresee(here.runtime, self._example_of(here), here.threads)
 
     def _time_here(self, point: Point, here: Here, stale) -> Steps:
         example = self._example_of(here)
@@ -186,25 +173,30 @@ class ProfilerPanel(Panel):
         self._draw()
 
     def _run(self, point: Point, here: Here, stale) -> Steps:
-        """Run the chosen scenario, the baseline first."""
-        for one, name in ((self.baseline, "the baseline"), (point, "this model")):
+        """Run the chosen scenario, the baseline first; a server's load follows from what the baseline can carry."""
+        runs = [(self.baseline, here.scenario, "the baseline"), (point, here.scenario, "this model")]
+        if here.scenario == "server":
+            runs.insert(0, (self.baseline, "single stream", "the baseline"))
+        for one, scenario, name in runs:
             look = self.look(one, here.place)
-            if here.scenario in look.finished:
+            if scenario in look.finished:
                 continue
-            for result in self._scenario(one, point, here):
-                look.results[here.scenario] = result
-                self._tick("measuring", f"{here.scenario}, {name} … {result.queries:,} queries", stale)
+            for look.results[scenario] in self._scenario(one, scenario, here):
+                queries = look.results[scenario].queries
+                self._tick("measuring", f"{scenario}, {name} … {queries:,} queries", stale)
                 yield
-            look.finished.add(here.scenario)
+            look.finished.add(scenario)
         self._draw()
 
-    def _scenario(self, one: Point, point: Point, here: Here) -> Iterator[ScenarioResult]:
+    def _scenario(self, one: Point, scenario: str, here: Here) -> Iterator[ScenarioResult]:
         prepared = self._prepared(one, here)
-        if here.scenario == "server":
-            median_ms = point.timings[here.place].baseline.median_ms
-            return server(prepared, LOAD * 1000 / median_ms, BOUND * median_ms, SECONDS)
+        if scenario == "server":
+            alone = self.look(self.baseline, here.place).results["single stream"]
+            rate = LOAD * alone.images_per_second
+            seconds = max(SECONDS, min(1.1 * FEWEST_FOR_P99 / rate, 4 * SECONDS))
+            return server(prepared, rate, max(LEAST_BOUND_MS, BOUND * alone.p50_ms), seconds)
         run = {"single stream": single_stream, "multi stream": multi_stream, "offline": offline}
-        return run[here.scenario](prepared, SECONDS)
+        return run[scenario](prepared, SECONDS)
 
     def _prepared(self, one: Point, here: Here) -> Prepared:
         example = self._example_of(here)
@@ -216,7 +208,8 @@ class ProfilerPanel(Panel):
         """Measure the roofs of this machine, once, and the layers of both models."""
         if here.threads not in self._roofs:
             self._progress("measuring", "measuring the roofs of this machine …", stale)
-            for self._roofs[here.threads] in measure_roofline(here.threads):
+            for roofs in growing_roofline(here.threads):
+                self._roofs[here.threads] = roofs
                 self._tick("measuring", "measuring the roofs of this machine …", stale)
                 yield
         for one in (self.baseline, point):
@@ -231,7 +224,7 @@ class ProfilerPanel(Panel):
         try:
             example = self._example_of(here)
             look.times = layer_times(one.model, example, here.runtime, here.threads, LAYER_CALLS)
-            look.points = roofline_points(look.times)
+            look.points = points(look.times)
         except RuntimeFailed as error:
             look.why_not = str(error)
 
@@ -241,7 +234,7 @@ class ProfilerPanel(Panel):
             self._progress("measuring", "finding out why …", stale)
             yield
             example = self._example_of(here)
-            look.verdicts = verdicts(point.model, example, self.model, here.runtime, here.threads)
+            look.verdicts = judging.verdicts(point.model, example, self.model, here.runtime, here.threads)
             self._draw()
 
     # --- drawing ---------------------------------------------------------------------------------------------------

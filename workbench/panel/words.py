@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from html import escape
 
 from workbench.panel.measure import OTHER, Point, Prediction, Timing, changed, difference
-from workbench.profiler import LayerTime, LayerTimes, ScenarioResult, Verdict, compare, environment
+from workbench.profiler import ScenarioResult, compare, environment
+from workbench.profiler.layers import LayerTime, LayerTimes
 from workbench.profiler.report import Difference
+from workbench.profiler.verdicts import Verdict
 from workbench.technique import Pipeline, Technique
 from workbench.weights import sparsity
 
@@ -404,7 +406,16 @@ def layer_times_table(times: dict[str, LayerTimes], verdicts: Iterable[Verdict])
 
 
 def _times_table(name: str, times: LayerTimes, verdicts: dict[str | None, str]) -> str:
-    heads = ("ms", "share, %", "multiply-adds", "weights, bytes", "in and out, bytes", "computes in", "kernel", "verdict")
+    heads = (
+        "ms",
+        "share, %",
+        "multiply-adds",
+        "weights, bytes",
+        "in and out, bytes",
+        "computes in",
+        "kernel",
+        "verdict",
+    )
     head = "".join(f"<th scope=col>{text}</th>" for text in (name, *heads))
     rows = "".join(_times_row(layer, verdicts.get(layer.name, "")) for layer in times.layers)
     share = 100 * times.outside_ms / times.total_ms
