@@ -238,8 +238,8 @@ def checked_ms(taken: Sequence[float] | np.ndarray) -> Sequence[float] | np.ndar
     if not len(wrong):
         return taken
     raise ClockJumped(
-        f"The clock says that a call took {wrong[0]:,.6g} ms, which cannot be. Perhaps the machine slept, its clock was "
-        "set, or the model does nothing at all. Nothing of this run is reported; measure again."
+        f"The clock says that a call took {wrong[0]:,.6g} ms, which cannot be. Perhaps the machine slept, its clock was"
+        " set, or the model does nothing at all. Nothing of this run is reported; measure again."
     )
 
 

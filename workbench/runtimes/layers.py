@@ -56,7 +56,9 @@ def instrumented(prepared: Prepared) -> list[Instrumented]:
     if isinstance(prepared, PreparedEager):
         return [InstrumentedTorch(prepared)]
     if isinstance(prepared, PreparedOpenVINO):
-        return [InstrumentedOpenVINO(prepared, request) for request in prepared.counting(COUNTERS)]
+        requests = prepared.counting(COUNTERS)
+        parts = _openvino_parts(prepared, requests[0])
+        return [InstrumentedOpenVINO(prepared, request, parts) for request in requests]
     raise RuntimeFailed(f"{prepared.runtime} does not show its layers; choose eager, openvino or cuda.")
 
 
@@ -174,13 +176,12 @@ class InstrumentedOpenVINO(Instrumented):
     as the typical call is quicker than the average one.
     """
 
-    def __init__(self, prepared: PreparedOpenVINO, request):
+    def __init__(self, prepared: PreparedOpenVINO, request, parts: dict[str, Part]):
         super().__init__(prepared)
+        self._names, self.parts = list(parts), tuple(parts.values())
         self._request, self._walls = request, []
         for _ in range(COLD_CALLS):
             self.run()
-        rows = list(_openvino_parts(prepared, request))
-        self.parts, self._names = tuple(part for part, _ in rows), [name for _, name in rows]
         self._cold = self._averages_us()
 
     def run(self) -> None:
@@ -199,17 +200,16 @@ class InstrumentedOpenVINO(Instrumented):
         return np.maximum(sums_us, 0) / len(walls) / 1000 * typical
 
 
-def _openvino_parts(prepared: PreparedOpenVINO, request) -> Iterator[tuple[Part, str]]:
-    """Yield each operation that runs, and the name that its counter goes by, in the order they run."""
+def _openvino_parts(prepared: PreparedOpenVINO, request) -> dict[str, Part]:
+    """Return the operations that run, by the names that their counters go by, in the order they run."""
+    request.infer()  # the first call is slow, so that even the quickest operation is seen to run
     ran = {info.node_name for info in request.get_profiling_info() if info.status.name == "EXECUTED"}
-    modules, kernels = dict(prepared.model.named_modules()), prepared.multiplying(request)
-    for name, kind, precision, implementation, weights, activations, outputs in executed(
-        request.get_compiled_model(), ran
-    ):
+    kernels, modules, parts = prepared.multiplying(request), dict(prepared.model.named_modules()), {}
+    for name, operation, outputs in executed(request.get_compiled_model(), ran | set(kernels)):
         module = modules.get(kernels[name].layer) if name in kernels else None
         if module is None:
-            yield Part(name, kind, 0, weights, activations, precision, implementation), name
+            parts[name] = Part(name, operation.pop("kind"), 0, **operation)
         else:
-            macs = module.weight[0].numel() * outputs
-            kind = model_class(module).__name__
-            yield Part(kernels[name].layer, kind, macs, weights, activations, precision, implementation), name
+            operation["kind"] = model_class(module).__name__
+            parts[name] = Part(kernels[name].layer, macs=module.weight[0].numel() * outputs, **operation)
+    return parts

@@ -31,9 +31,9 @@ def _core():
 class PreparedOpenVINO(Prepared):
     """A model compiled for one input shape; batches of other shapes are compiled when they come."""
 
-    def __init__(self, runtime: Runtime, model: nn.Module | ModelFile, example: Tensor, threads: int):
+    def __init__(self, runtime: OpenVINO, model: nn.Module | ModelFile, example: Tensor, threads: int):
         super().__init__(runtime, example, threads)
-        self.model = runnable(model)
+        self.model, self._floats = runnable(model), runtime.floats
         self._dtype = model.dtype if isinstance(model, ModelFile) else torch.float32
         self._requests = {}
         self._request = self._filled(example)
@@ -46,7 +46,8 @@ class PreparedOpenVINO(Prepared):
 
         shape = tuple(batch.shape)
         if shape not in self._requests:
-            self._requests[shape] = compiled(converted(self.model, batch), self.threads).create_infer_request()
+            made = compiled(converted(self.model, batch), self.threads, self._floats)
+            self._requests[shape] = made.create_infer_request()
         request = self._requests[shape]
         batch = batch.detach().to(self._dtype).contiguous()
         request.set_input_tensor(openvino.Tensor(batch.numpy(), shared_memory=False))
@@ -57,9 +58,10 @@ class PreparedOpenVINO(Prepared):
         import openvino
 
         made = converted(self.model, self.example)
-        requests = [compiled(made, self.threads, counters=True).create_infer_request() for _ in range(copies)]
+        how, numbers = (self.threads, self._floats), self.example.detach().to(self._dtype).contiguous().numpy()
+        requests = [compiled(made, *how, counters=True).create_infer_request() for _ in range(copies)]
         for request in requests:
-            request.set_input_tensor(openvino.Tensor(self.example.detach().float().contiguous().numpy()))
+            request.set_input_tensor(openvino.Tensor(numbers))
         return requests
 
     def multiplying(self, request) -> dict[str, Kernel]:
@@ -84,9 +86,10 @@ class PreparedOpenVINO(Prepared):
 
 
 class OpenVINO(Runtime):
-    """Intel's inference engine on the processor, told to compute in fp32 wherever the model is not quantized."""
+    """Intel's inference engine on the processor, told to compute in `floats` wherever the model is not quantized."""
 
-    name = "openvino"
+    def __init__(self, name: str = "openvino", floats: str = "f32"):
+        self.name, self.floats = name, floats
 
     def available(self):
         try:
@@ -146,12 +149,15 @@ def _convert_directly(traced, example: Tensor, shape: list[int]):
     return made
 
 
-def compiled(converted, threads: int, counters: bool = False):
-    """Return the compiled model, which computes in fp32 wherever the model is not quantized; `counters` time it."""
+def compiled(converted, threads: int, floats: str = "f32", counters: bool = False):
+    """Return the compiled model, which computes in `floats`, "f32" or "bf16", wherever the model is not quantized.
+
+    `counters` time each of its operations.
+    """
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",  # else bf16 wherever the processor has it, unasked
+        "INFERENCE_PRECISION_HINT": floats,  # else bf16 wherever the processor has it, unasked
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else activations of weight-only models are quantized, unasked
         "PERF_COUNT": counters,
     }
@@ -192,14 +198,19 @@ def _multiplying(compiled, calls: list[tuple[str, int]], batch: int) -> Iterator
         yield node, Kernel(name, _precision(node), _implementation(node))
 
 
-def executed(compiled, names: set[str]) -> Iterator[tuple]:
-    """Yield (name, type, precision, implementation, weight bytes, activation bytes, outputs) of operations that run."""
+def executed(compiled, names: set[str]) -> Iterator[tuple[str, dict, int]]:
+    """Yield (name, what is known of it, number of output values) of those operations of a compiled model."""
     for node in compiled.get_runtime_model().get_ordered_ops():
-        name = node.get_friendly_name()
-        if name in names:
+        if node.get_friendly_name() in names:
             weights, activations = _moved(node)
-            kind, size = _info(node, "layerType"), math.prod(node.get_output_shape(0))
-            yield name, kind, _precision(node), _implementation(node), weights, activations, size
+            operation = {
+                "kind": _info(node, "layerType"),
+                "weight_bytes": weights,
+                "activation_bytes": activations,
+                "precision": _precision(node),
+                "implementation": _implementation(node),
+            }
+            yield node.get_friendly_name(), operation, math.prod(node.get_output_shape(0))
 
 
 def _moved(node) -> tuple[int, int]:
