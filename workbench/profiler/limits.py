@@ -15,7 +15,7 @@ from torch import nn
 from workbench.profiler.layers import LayerTime, LayerTimes, layer_times
 from workbench.profiler.roofline import Roofline, roofline
 
-EMPTY = 8  # layers of each kind in the model that shows what starting one costs
+EMPTY = 32  # layers of each kind in the model that shows what starting one costs
 PLAIN = "ReLU"  # stands for every kind that has no weights
 
 
@@ -54,16 +54,17 @@ def limits(runtime: str = "eager", threads: int = 1) -> Limits:
 
 
 def _launch_ms(runtime: str, threads: int) -> dict[str, float]:
-    """Return the median time of layers that compute next to nothing, by kind."""
+    """Return the time of a layer that computes next to nothing, by kind: its own, and its part of what lies outside.
+
+    The second is what a clock of whole microseconds misses, and what the runtime does between two layers.
+    """
     times = layer_times(_empty_layers(), torch.zeros(1, 4, 4, 4), runtime, threads)
-    kinds = {layer.kind for layer in times.layers}
-    found = {kind: _median(times, kind) for kind in kinds}
-    plain = [layer.ms for layer in times.layers if not layer.weight_bytes]
-    return found | {PLAIN: statistics.median(plain) if plain else min(found.values())}
-
-
-def _median(times: LayerTimes, kind: str) -> float:
-    return statistics.median(layer.ms for layer in times.layers if layer.kind == kind)
+    around = max(0.0, times.outside_ms) / len(times.layers)
+    by_kind: dict[str, list[float]] = {}
+    for layer in times.layers:
+        by_kind.setdefault(layer.kind if layer.weight_bytes else PLAIN, []).append(layer.ms)
+    found = {kind: statistics.median(taken) + around for kind, taken in by_kind.items()}
+    return {PLAIN: min(found.values())} | found
 
 
 def _empty_layers() -> nn.Sequential:

@@ -119,7 +119,8 @@ def _product(size: int, dtype: torch.dtype) -> Callable | None:
 
 def _reading(nbytes: int, threads: int) -> float:
     """Return 10⁹ bytes a second of sums that read the same `nbytes` again and again, a window at a time."""
-    windows = torch.ones(nbytes // 4).split(WINDOW_BYTES // 4)
+    window = min(nbytes, WINDOW_BYTES) // 4
+    windows = torch.ones(nbytes // 4 // window * window).split(window)
     rows = windows[0].expand(max(1, WINDOW_BYTES // nbytes), -1)
     turns = itertools.cycle([rows] if len(windows) == 1 else [window[None] for window in windows])
     return 4 * rows.numel() / _quickest_s(lambda: next(turns).sum(1), threads) / 1e9
