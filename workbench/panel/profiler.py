@@ -259,9 +259,8 @@ class ProfilerPanel(Panel):
         return super()._words_html(hint)
 
     def _table_html(self) -> str:
-        looks = {"baseline": self.look(self.baseline), "now": self.look(self.point)}
-        times = {name: look.times for name, look in looks.items() if look.times}
-        return words.layer_times_table(times, looks["now"].verdicts or []) + super()._table_html()
+        before, now = self.look(self.baseline), self.look(self.point)
+        return words.layer_times_table(now.times, before.times, now.verdicts or []) + super()._table_html()
 
     def _draw_figure(self, name: str) -> None:
         self.drawing.show(self._shown(self.baseline), self._shown(self.point), self._roofs.get(self.here.threads))

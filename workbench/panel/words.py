@@ -231,11 +231,10 @@ def latency_tile(kind: str, title: str, name: str, now: Point | None, pinned: Po
             kind, title, value, unit, [("none", DASH), ("none", DASH), _pin(None), _foreseen(guess)], escape(name)
         )
     lines = [compare_ratio(speed(timing))]
-    lines.append(_against_best(timing))
+    lines += [_against_best(timing), _foreseen(guess)]
     other = pinned and pinned is not now and pinned.timings.get(name)
     # Times of separate runs are shown side by side; no claim is made about their ratio.
     lines.append(_pin(("none", f"{milliseconds(other.now.median_ms)} ms") if other and other.now else None))
-    lines.append(_foreseen(guess))
     precision = f'computes in <b class="wb-precision">{escape(timing.precision)}</b>'
     noisy = ", noisy" if timing.now.noisy else ""
     return tile(kind, title, milliseconds(timing.now.median_ms), "ms", lines, f"{escape(name)}, {precision}{noisy}")
@@ -246,14 +245,14 @@ def scenario_tile(name: str, now: ScenarioResult | None, baseline: ScenarioResul
 
     Scenarios run one after the other, not in turns, so their figures stand side by side without a ratio.
     """
-    title = f"images a second, {escape(name)}"
+    title = f"{escape(name)}, MLPerf-like"
     if now is None or not now.queries:
-        return tile("scenario", title, DASH, "images/s", [("none", DASH), ("none", DASH), _pin(None)], "MLPerf-like")
+        return tile("scenario", title, DASH, "images/s", [("none", DASH), ("none", DASH), _pin(None)])
     tail = [f"{label} {milliseconds(ms)} ms" for label, ms in (("p90", now.p90_ms), ("p99", now.p99_ms)) if ms]
     lines = [("none", " · ".join(tail) or f"median {milliseconds(now.p50_ms)} ms"), _in_time(now)]
     lines.append(_pin(("none", f"{rate(pinned)} images/s") if pinned and pinned is not now else None))
     beside = f"baseline {rate(baseline)} · " if baseline else ""
-    return tile("scenario", title, rate(now), "images/s", lines, f"{beside}{now.queries:,} queries, MLPerf-like")
+    return tile("scenario", title, rate(now), "images/s", lines, f"{beside}{now.queries:,} queries")
 
 
 def rate(result: ScenarioResult) -> str:
@@ -398,37 +397,30 @@ def table(now: Point | None, baseline: Point | None, pinned: Point | None) -> st
     )
 
 
-def layer_times_table(times: dict[str, LayerTimes], verdicts: Iterable[Verdict]) -> str:
-    """Return a fold with each layer's time and what it computes and moves, for each of the named models."""
-    said = {verdict.layer: verdict.kind for verdict in verdicts}
-    made = "".join(_times_table(name, one, said if name == "now" else {}) for name, one in times.items())
-    return f"<details><summary>Layers</summary><div class='wb-tables'>{made}</div></details>" if made else ""
+def layer_times_table(now: LayerTimes | None, before: LayerTimes | None, verdicts: Iterable[Verdict]) -> str:
+    """Return a fold with each layer's time, before and now, what it computes and moves, and its verdict."""
+    if now is None:
+        return ""
+    kinds = {verdict.layer: verdict.kind for verdict in verdicts}
+    was = {layer.name: layer.ms for layer in before.layers} if before else {}
+    heads = ("ms", "before", "share, %", "multiply-adds", "weights, bytes", "in and out, bytes", "kernel", "verdict")
+    head = "".join(f"<th scope=col>{text}</th>" for text in ("layer", *heads))
+    rows = "".join(_times_row(layer, was.get(layer.name), kinds.get(layer.name, "")) for layer in now.layers)
+    ends = [("outside layers", now.outside_ms, before and before.outside_ms)]
+    ends.append(("end to end", now.total_ms, before and before.total_ms))
+    foot = "".join(_row(text, [*_shares(ms, old, now.total_ms), *[""] * 5]) for text, ms, old in ends)
+    made = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody><tfoot>{foot}</tfoot>"
+    return f"<details><summary>Layers</summary><div class='wb-tables'><table data-sorts>{made}</table></div></details>"
 
 
-def _times_table(name: str, times: LayerTimes, verdicts: dict[str | None, str]) -> str:
-    heads = (
-        "ms",
-        "share, %",
-        "multiply-adds",
-        "weights, bytes",
-        "in and out, bytes",
-        "computes in",
-        "kernel",
-        "verdict",
-    )
-    head = "".join(f"<th scope=col>{text}</th>" for text in (name, *heads))
-    rows = "".join(_times_row(layer, verdicts.get(layer.name, "")) for layer in times.layers)
-    share = 100 * times.outside_ms / times.total_ms
-    rest = _row("outside layers", [f"{times.outside_ms:.4f}", f"{share:.1f}", *[DASH] * 6])
-    whole = _row("end to end", [f"{times.total_ms:.4f}", "100.0", *[DASH] * 6])
-    return f"<table data-sorts><thead><tr>{head}</tr></thead><tbody>{rows}</tbody><tfoot>{rest}{whole}</tfoot></table>"
-
-
-def _times_row(layer: LayerTime, verdict: str) -> str:
+def _times_row(layer: LayerTime, before_ms: float | None, verdict: str) -> str:
     counts = [f"{number:,}" for number in (layer.macs, layer.weight_bytes, layer.activation_bytes)]
-    texts = [escape(text) for text in (layer.precision, layer.kernel, verdict)]
-    label = f"{escape(layer.name)} <small>{escape(layer.kind)}</small>"
-    return _row(label, [f"{layer.ms:.4f}", f"{100 * layer.share:.1f}", *counts, *texts])
+    cells = [*_shares(layer.ms, before_ms, layer.ms / max(layer.share, 1e-12)), *counts, escape(layer.kernel), verdict]
+    return _row(f"{escape(layer.name)} <small>{escape(layer.kind)}</small>", cells)
+
+
+def _shares(ms: float, before_ms: float | None, total_ms: float) -> list[str]:
+    return [f"{ms:.4f}", DASH if before_ms is None else f"{before_ms:.4f}", f"{100 * ms / total_ms:.1f}"]
 
 
 def _row(label: str, cells: list[str]) -> str:

@@ -97,7 +97,7 @@ def _add_roofs(figure: go.Figure, roofline: Roofline | None, points: Sequence[Ro
     figure.update_yaxes(title="billion operations a second", range=ys, **powers, row=1, col=1)
     drawn = _roofs(roofline) if roofline else []
     for roof in [*drawn, *(_no_roof() for _ in range(MOST_ROOFS - len(drawn)))]:
-        figure.add_trace(roof, 1, 1)
+        figure.add_trace(roof.update(showlegend=bool(roof.name)), 1, 1)  # said, since a page keeps what is not said
     if roofline:
         titles = len(figure.layout.annotations)
         _name_peaks(figure, roofline)
