@@ -40,14 +40,14 @@ class MapPanel(ipywidgets.VBox):
         self.status = Card(kind="wb-status", role="status")
         self.plot = Plot()
         self.worker = Worker(self._failed)
-        self.choice.observe(lambda _: self._draw(), "value")
+        self.choice.observe(lambda _: self._choose(), "value")
         self.children = (
             controls.row("wb-acts", self.choice, self.measure_button, self.stop_button, self.status),
             self.plot,
         )
         self.add_class("wb-panel")
         self._drawn = 0.0
-        self._draw()
+        self._choose()
         if first:
             self.measure()
 
@@ -89,14 +89,19 @@ class MapPanel(ipywidgets.VBox):
         if not stale():
             self._say("done", f"measured, {_cells(self.found[name])}")
 
+    def _choose(self) -> None:
+        """Show the chosen map as far as it is known."""
+        self._draw()
+        if self.state != "measuring":
+            known = f"measured, {_cells(self.shown)}" if self.shown else "not measured here yet: press Measure"
+            self._say("resting", known)
+
     def _draw(self) -> None:
         self._drawn = time.monotonic()
         if self.shown is not None:
             self.plot.draw(plots.win_lose_plot(self.shown))
         else:
             self.plot.outputs = ()
-        if self.state != "measuring":
-            self._say("resting", "measured" if self.shown else "not measured here yet: press Measure")
 
     def _failed(self, error: Exception) -> None:
         self._say("failed", words.sentence(error))

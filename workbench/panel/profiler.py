@@ -181,9 +181,9 @@ class ProfilerPanel(Panel):
             look = self.look(one, here.place)
             if scenario in look.finished:
                 continue
-            for look.results[scenario] in self._scenario(one, scenario, here):
-                queries = look.results[scenario].queries
-                self._tick("measuring", f"{scenario}, {name} … {queries:,} queries", stale)
+            for result in self._scenario(one, scenario, here):
+                look.results[scenario] = result
+                self._tick("measuring", f"{scenario}, {name} … {result.queries:,} queries", stale)
                 yield
             look.finished.add(scenario)
         self._draw()
