@@ -56,6 +56,13 @@ FASTER, SLOWER, SAME, UNKNOWN = "▲", "▼", "≈", "·"
 BELOW = {"orientation": "h", "yanchor": "top", "y": -0.16, "xanchor": "left", "x": 0}
 
 
+def plotly_script() -> str:
+    """Return plotly.js, for a page that is to draw figures without a network."""
+    from plotly.offline import get_plotlyjs
+
+    return get_plotlyjs()
+
+
 # --- layers --------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from workbench.profiler.layers import LayerTime, LayerTimes, layer_times
+from workbench.profiler.layers import LayerTime, layer_times
 from workbench.profiler.roofline import Roofline, roofline
 
 EMPTY = 32  # layers of each kind in the model that shows what starting one costs
@@ -38,10 +38,14 @@ class Limits:
         weights = layer.weight_bytes / self._bandwidth(resting_bytes)
         activations = layer.activation_bytes / self._bandwidth(layer.activation_bytes)
         return {
-            "launch-bound": self.launch_ms.get(layer.kind, self.launch_ms[PLAIN]),
+            "launch-bound": self.start_ms(layer.kind),
             "memory-bound": (weights + activations) / 1e6,
             "compute-bound": 2 * layer.macs / peak / 1e6,
         }
+
+    def start_ms(self, kind: str) -> float:
+        """Return how long an empty layer of this kind takes, or the quickest where this kind was not tried."""
+        return self.launch_ms.get(kind, self.launch_ms[PLAIN])
 
     def _bandwidth(self, nbytes: int) -> float:
         return self.roofline.bandwidths[self.roofline.level(nbytes)]

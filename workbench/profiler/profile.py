@@ -13,8 +13,8 @@ from workbench.artifact import ledger
 from workbench.data import Data
 from workbench.profiler.costs import LayerCost, layer_costs, peak_activation_bytes, peak_cuda_bytes
 from workbench.profiler.environment import environment
-from workbench.profiler.room import bytes_for, require_room, room_for
 from workbench.profiler.report import Measures, Profile, Run
+from workbench.profiler.room import bytes_for, require_room, room_for
 from workbench.profiler.timing import Latency, measure
 from workbench.runtimes import RUNTIMES, ModelFile, Prepared, Runtime, RuntimeFailed, runtime, steady_outputs
 from workbench.surgery import clone

@@ -16,6 +16,8 @@ from workbench.profiler.words import sentences
 from workbench.runtimes import Kernel
 from workbench.training import Z_95, Accuracy
 
+FIGURES = ("batch", "threads", "median_ms", "p25_ms", "p75_ms", "p90_ms", "p99_ms", "calls", "noisy")
+
 
 @dataclass(frozen=True, eq=False)
 class Measures:
@@ -153,10 +155,7 @@ class Profile:
         return {
             "runtime": run.runtime,
             "precision": run.latency.precision,
-            **{
-                name: getattr(run.latency, name)
-                for name in ("median_ms", "p25_ms", "p75_ms", "p90_ms", "calls", "noisy")
-            },
+            **{name: getattr(run.latency, name) for name in FIGURES},
             "baseline_median_ms": run.baseline.median_ms if run.baseline else None,
             "versus_baseline": str(ratio) if ratio else None,
             "versus_best_fp32": str(to_best) if to_best else None,

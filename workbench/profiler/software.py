@@ -54,7 +54,10 @@ class SoftwareRow:
     def __str__(self) -> str:
         if not self.ran:
             return f"{self.name}: did not run here, {self.note}"
-        return f"{self.name}: {self.latency}{f', {self.ratio} than plain eager' if self.ratio else ''}"
+        return f"{self.name}: {self.latency}{f', {self._versus()} plain eager' if self.ratio else ''}"
+
+    def _versus(self) -> str:
+        return f"{self.ratio} {'than' if self.ratio.distinguishable else 'from'}"
 
 
 class BFloat16(Eager):

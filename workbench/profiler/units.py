@@ -24,6 +24,11 @@ def size(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
+def duration(ms: float) -> str:
+    """Write a time with three digits: 2.36 ms, 14.6 µs."""
+    return f"{ms:.3g} ms" if ms >= 0.1 else f"{1000 * ms:.3g} µs"
+
+
 def listed(names: list[str]) -> str:
     """Join names as a sentence does: a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -119,6 +119,8 @@ def random_batch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def graph_of(file: ModelFile, example: Tensor) -> Any:
     """Return the openvino.Model of a file for inputs of the shape of `example`; raises RuntimeFailed if it has none."""
+    if file.fixed_batch and len(example) != file.fixed_batch:  # OpenVINO would make another model for another batch
+        raise RuntimeFailed(f"{file.path.name} takes batches of {file.fixed_batch} only, not of {len(example)}.")
     graph = _read(file.path)
     try:
         graph.reshape(list(example.shape))
@@ -134,7 +136,7 @@ def shape_text(shape: tuple[int, ...]) -> str:
 
 
 def _read(path: Path) -> Any:
-    """Return the openvino.Model of a file, by the reader of its own format: Core.read_model asks those of others too."""
+    """Return the openvino.Model of a file, by the reader of its format; Core.read_model would ask every other too."""
     from openvino.frontend import FrontEndManager
 
     reader = FrontEndManager().load_by_framework(READERS[path.suffix.lower()])

@@ -167,11 +167,11 @@ def compiled(converted, threads: int, floats: str = "f32", counters: bool = Fals
 def _calls(model: nn.Module | ModelFile, example: Tensor) -> list[tuple[str, int]]:
     """Return (layer, number of output values) of each call of a linear or convolution layer on one image, in order.
 
-    A file's layers have no other names than their own.
+    A file's layers are those that it names.
     """
-    calls, hooks = [], []
     if isinstance(model, ModelFile):
-        return calls
+        return [(layer.name, math.prod(layer.output_shape)) for layer in model.layers(example)]
+    calls, hooks = [], []
     for name, layer in weighted_layers(model):
         hook = lambda _layer, _args, output, name=name: calls.append((name, output.numel()))
         hooks.append(layer.register_forward_hook(hook))
