@@ -38,8 +38,9 @@ def short(monkeypatch):
     monkeypatch.setattr(profiler, "LAYER_CALLS", 10)
     monkeypatch.setattr(measure, "CALLS", 20)
     monkeypatch.setattr(profiler, "growing_roofline", lambda threads: iter([ROOFS]))
-    said = [Verdict("7", "memory-bound", "It moves many bytes.", "Store fewer."), Verdict(None, "faster", "It is.", "")]
-    monkeypatch.setattr(profiler.judging, "verdicts", lambda *args: said, raising=False)
+    monkeypatch.setattr(profiler, "limits", lambda *args: None)
+    said = lambda layer: Verdict(layer.name, "memory-bound", f"{layer.name} moves many bytes.", "Store fewer.")
+    monkeypatch.setattr(profiler, "layer_verdicts", lambda model, x, times, known: [said(one) for one in times.layers])
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_everything_measured_is_on_the_page(opened):
     look = shown.look(shown.point)
     assert look.times.total_ms > 0 and {p.name for p in look.points} > {"0.0"}
     assert "memory-bound" in shown.verdict_view.html and "Store fewer." in shown.verdict_view.html
-    assert shown.verdict_view.html.index("faster") < shown.verdict_view.html.index("memory-bound")  # the whole first
+    assert shown.verdict_view.html.count("<li>") == 5 and look.told()[0].layer is None  # the whole, four layers
     assert "outside layers" in shown.table.html and "data-sorts" in shown.table.html
     assert shown.header.html.startswith("<h3>Profiler: ")
 

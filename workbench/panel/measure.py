@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from workbench.artifact import ledger
-from workbench.profiler import Latency, layer_costs, measure
+from workbench.profiler import Latency, LayerCost, layer_costs, measure
+from workbench.profiler.limits import Limits
 from workbench.profiler.report import Difference, accuracy_difference
+from workbench.profiler.verdicts import Taken, Verdict, whole_verdict
 from workbench.runtimes import Kernel, Prepared, RuntimeFailed, available_runtimes, runtime
 from workbench.surgery import remembered, weighted_layers
 from workbench.technique import Technique
@@ -29,6 +31,7 @@ class Timing:
     precision: str  # what the kernels really compute in
     note: str = ""
     kernels: tuple[Kernel, ...] = ()
+    baseline_kernels: tuple[Kernel, ...] = ()
     now: Latency | None = None
     baseline: Latency | None = None
     best: Latency | None = None
@@ -57,6 +60,7 @@ class Point:
     layer_bytes: dict[str, int]
     layer_macs: dict[str, int]
     layer_parameters: dict[str, int]
+    costs: tuple[LayerCost, ...] = ()
     hits: Tensor | None = None  # bool (N,): which validation images are right, in order
     exact: bool = False  # every validation image was looked at
     timings: dict[str, Timing] = field(default_factory=dict)  # by place: runtime, and batch and threads if not 1
@@ -86,10 +90,8 @@ def weigh(title: str, technique: Technique | None, model: nn.Module, example: Te
     layer_bytes[OTHER] += book.total_bytes - sum(layer_bytes.values())
     for cost in costs:
         layer_macs[home(cost.name, layers)] += cost.macs
-    macs = sum(layer_macs.values())
-    return Point(
-        title, technique, model, book.total_bytes, book.parameters, macs, layer_bytes, layer_macs, layer_parameters
-    )
+    counts = (book.total_bytes, book.parameters, sum(layer_macs.values()))
+    return Point(title, technique, model, *counts, layer_bytes, layer_macs, layer_parameters, tuple(costs))
 
 
 def home(name: str, layers: list[str]) -> str:
@@ -157,7 +159,7 @@ def time_point(point: Point, baseline: Point, name: str, example: Tensor, thread
     if reference.device == "cpu":
         for best in best_fp32(baseline.model, example, threads):  # noqa: B007
             yield None
-    timing = point.timings[place] = Timing(name, mine.precision, mine.note, mine.kernels)
+    timing = point.timings[place] = Timing(name, mine.precision, mine.note, mine.kernels, reference.kernels)
     runners = [reference, mine] if best is reference else [reference, mine, best]
     for taken in measure(runners, CALLS, BUDGET_S):
         timing.baseline, timing.now, timing.best = taken[0], taken[1], taken[-1 if len(taken) == 3 else 0]
@@ -193,6 +195,15 @@ def _try(model: nn.Module, example: Tensor, name: str, threads: int) -> Prepared
         return prepared_baseline(model, example, name, threads)
     except RuntimeFailed:
         return None
+
+
+def verdict_of(point: Point, baseline: Point, place: str, known: Limits | None = None) -> Verdict | None:
+    """Say why a point is faster or not, from the latencies that were taken; None while they are not."""
+    timing = point.timings.get(place)
+    if timing is None or not timing.done:
+        return None
+    now = Taken.of(point.model, timing.now, point.costs, timing.kernels)
+    return whole_verdict(now, Taken.of(baseline.model, timing.baseline, baseline.costs, timing.baseline_kernels), known)
 
 
 # --- predicted, then measured --------------------------------------------------------------------------------------

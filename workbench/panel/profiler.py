@@ -19,13 +19,13 @@ from workbench.panel.measure import OTHER, Point
 from workbench.panel.worker import Steps
 from workbench.plots import Shown
 from workbench.profiler import SCENARIOS, ScenarioResult, multi_stream, offline, server, single_stream
-from workbench.profiler import verdicts as judging
 from workbench.profiler.environment import allowed_cores
 from workbench.profiler.layers import LayerTimes, layer_times
+from workbench.profiler.limits import limits
 from workbench.profiler.roofline import Roofline, RooflinePoint, growing_roofline, points
 from workbench.profiler.scenarios import BOUND, FEWEST_FOR_P99, LEAST_BOUND_MS, LOAD
 from workbench.profiler.sweeps import BATCHES
-from workbench.profiler.verdicts import Verdict
+from workbench.profiler.verdicts import Verdict, layer_verdicts
 from workbench.runtimes import Prepared, RuntimeFailed, available_runtimes, runtime
 
 BATCHED = ("multi stream", "offline")  # in the other scenarios a query is one image
@@ -55,8 +55,16 @@ class Look:
     finished: set[str] = field(default_factory=set)  # scenarios that were not stopped
     times: LayerTimes | None = None
     points: list[RooflinePoint] = field(default_factory=list)
-    verdicts: list[Verdict] | None = None
+    whole: Verdict | None = None
+    verdicts: list[Verdict] | None = None  # one for each layer of `times`
     why_not: str = ""
+
+    def told(self, most: int = 4) -> list[Verdict]:
+        """Return the verdict on the whole, and those on the layers that take most time."""
+        if self.whole is None or self.verdicts is None:
+            return []
+        by_time = sorted(zip(self.times.layers, self.verdicts, strict=True), key=lambda pair: -pair[0].ms)
+        return [self.whole, *(said for _, said in by_time[:most])]
 
 
 class ProfilerPanel(Panel):
@@ -233,8 +241,10 @@ class ProfilerPanel(Panel):
         if look.verdicts is None and look.times is not None:
             self._progress("measuring", "finding out why …", stale)
             yield
-            example = self._example_of(here)
-            look.verdicts = judging.verdicts(point.model, example, self.model, here.runtime, here.threads)
+            known = limits(here.runtime, here.threads)
+            yield
+            look.whole = measure.verdict_of(point, self.baseline, here.place, known)
+            look.verdicts = layer_verdicts(point.model, self._example_of(here), look.times, known)
             self._draw()
 
     # --- drawing ---------------------------------------------------------------------------------------------------
@@ -255,7 +265,7 @@ class ProfilerPanel(Panel):
 
     def _words_html(self, hint: str) -> str:
         look = self.look(self.point)
-        self.verdict_view.html = words.verdict_list(look.verdicts or [], look.why_not)
+        self.verdict_view.html = words.verdict_list(look.told(), look.why_not)
         return super()._words_html(hint)
 
     def _table_html(self) -> str:

@@ -7,13 +7,12 @@ import sys
 from collections.abc import Iterable
 from html import escape
 
-from workbench.panel.measure import OTHER, Point, Prediction, Timing, changed, difference
+from workbench.panel.measure import OTHER, Point, Prediction, Timing, changed, difference, verdict_of
 from workbench.profiler import ScenarioResult, compare, environment
 from workbench.profiler.layers import LayerTime, LayerTimes
 from workbench.profiler.report import Difference
 from workbench.profiler.verdicts import Verdict
 from workbench.technique import Pipeline, Technique
-from workbench.weights import sparsity
 
 DASH = '<span class="wb-none">–</span>'
 SAME = "≈ not distinguishable"
@@ -291,7 +290,6 @@ def in_words(now: Point | None, baseline: Point | None, name: str, hint: str = "
     said = [
         _size_words(now, baseline),
         _accuracy_words(now, baseline),
-        *_latency_words(now, name),
         *_why(now, baseline, name),
     ]
     if hint:
@@ -326,35 +324,15 @@ def _accuracy_words(now: Point, baseline: Point) -> str:
     return f"{text}: {signed(gap.points)} points ({signed(low)} to {signed(high)}, paired, 95 %)."
 
 
-def _latency_words(now: Point, name: str) -> list[str]:
-    timing = now.timings.get(name)
-    ratio = speed(timing)
-    if ratio is None or not timing.done:
-        return []
-    precision, base = timing.precision, milliseconds(timing.baseline.median_ms)
-    took = f"On {escape(name)} it computes in {escape(precision)}"
-    if not ratio.distinguishable:
-        return [f"{took}; its latency is not distinguishable from the baseline's {base} ms."]
-    word, value = ("faster", ratio.value) if ratio.value >= 1 else ("slower", 1 / ratio.value)
-    return [f"{took}, {times(value)} {word} than the baseline's {base} ms."]
-
-
-def _why(now: Point, baseline: Point, name: str) -> list[str]:
-    """Say why compression does not help here, where it does not."""
+def _why(now: Point, baseline: Point, place: str) -> list[str]:
+    """Say why the point is as fast as it is, and which layers became larger."""
     said = []
-    timing = now.timings.get(name)
-    ratio = speed(timing)
-    gained = ratio is not None and ratio.distinguishable and ratio.value > 1
-    if timing and timing.done and timing.now.noisy:
+    timing, found = now.timings.get(place), verdict_of(now, baseline, place)
+    if found:
+        said.append(judged(found))
+    if found and timing.now.noisy:
         said.append("The times drifted while they were measured, so take them with care.")
-    elif timing and timing.done and not gained:
-        if now.macs == baseline.macs and sparsity(now.model) > 0.05:
-            said.append("Dense kernels multiply by zero as slowly as by any number: single zeros save bytes, not time.")
-        if now.macs < 0.9 * baseline.macs:
-            said.append(
-                "It multiplies less, yet each kernel call has a fixed cost, and thin layers fill the kernels badly."
-            )
-    if timing and timing.done and "simulated" in timing.note:
+    if found and found.kind != "no kernel" and "simulated" in timing.note:
         said.append(escape(timing.note[0].upper() + timing.note[1:]) + ".")
     grown = [n for n, b in now.layer_bytes.items() if n != OTHER and b > 1.02 * baseline.layer_bytes[n]]
     if grown and now is not baseline:
@@ -366,16 +344,15 @@ def _why(now: Point, baseline: Point, name: str) -> list[str]:
 
 
 def verdict_list(verdicts: Iterable[Verdict], why_not: str = "") -> str:
-    """Return the verdicts, that on the whole model first, each with its evidence and one thing to try."""
-    ordered = sorted(verdicts, key=lambda verdict: verdict.layer is not None)
-    rows = "".join(f"<li>{_verdict(verdict)}</li>" for verdict in ordered)
+    """Return the verdicts in their order, each with its evidence and one thing to try."""
+    rows = "".join(f"<li>{judged(verdict)}</li>" for verdict in verdicts)
     missing = f"<p>{escape(why_not)}</p>" if why_not else ""
     return f"<h4>Why it is as fast as it is</h4><ul>{rows}</ul>{missing}" if rows or missing else ""
 
 
-def _verdict(verdict: Verdict) -> str:
-    where = f"<code>{escape(verdict.layer)}</code> " if verdict.layer else ""
-    return f'{where}<b class="wb-kind">{escape(verdict.kind)}</b> {escape(str(verdict))}'
+def judged(verdict: Verdict) -> str:
+    """Return a verdict as a sentence behind its kind."""
+    return f'<b class="wb-kind">{escape(verdict.kind)}</b> {escape(str(verdict))}'
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
