@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from workbench.data import Data, Split
 from workbench.profiler import (
+    ClockJumped,
     Latency,
     accuracy_difference,
     compare,
@@ -62,6 +63,8 @@ def test_figures_of_a_latency():
     assert (one.calls, one.median_ms, one.p25_ms, one.p75_ms) == (4, 2.5, 1.75, 3.25)
     assert one.p90_ms is None
     assert taken(tuple(np.arange(1.0, 102.0))).p90_ms == 91.0
+    assert one.iqr_ms == 1.5 and taken(tuple(np.arange(1.0, 1000.0))).p99_ms is None
+    assert taken(tuple(np.arange(1.0, 1002.0))).p99_ms == 991.0
     assert one.noisy and not taken((1.0, 2.0), (1.0, 2.0)).noisy
     assert taken((4.0,)).images_per_second == 250
     json.dumps(one.to_dict())
@@ -138,6 +141,23 @@ def test_results_grow_until_all_calls_are_made():
 def test_a_budget_ends_after_a_full_round_but_not_before_six():
     found = latencies([Pretended(30.0), Pretended(30.0)], calls=1000, budget_s=0)
     assert [len(one.rounds) for one in found] == [6, 6]
+
+
+def test_calls_are_timed_only_once_they_are_steady():
+    cold = Pretended(1.0, 0.0, drift=lambda call: max(1.0, 3.0 - 0.1 * call))
+    assert latency(cold, calls=20).samples_ms.max() < 1.1
+    never = Pretended(1.0, 0.0, drift=lambda call: 1.0 + call // 3 % 2)
+    assert latency(never, calls=20).calls == 20
+
+
+@pytest.mark.parametrize("median_ms", [0.0, -3.0, math.nan, math.inf, 5e6])
+def test_a_clock_that_jumps_is_refused(median_ms):
+    with pytest.raises(ClockJumped, match="measure again"):
+        latency(Pretended(median_ms, 0.0))
+    late = Pretended(1.0, 0.0, drift=lambda call: 1.0 if call < 40 else median_ms)
+    with pytest.raises(ClockJumped):
+        latency(late)
+    assert gc.isenabled()
 
 
 def test_a_failing_call_leaves_threads_and_collector():

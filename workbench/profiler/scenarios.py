@@ -158,11 +158,11 @@ def server(
 
 def _serve(prepared: Prepared, arrivals: np.ndarray, answers: list[float], now: float) -> float:
     """Answer queries for one block from `now` on, noting when; return what the clock then says."""
-    until = now + BLOCK_S
+    start, until = now, now + BLOCK_S
     with undisturbed(prepared.threads):
         prepared.run()  # the caller's drawing has left other things in the cache
         began = time.perf_counter() - now
-        while len(answers) < len(arrivals) and now < until:
+        while len(answers) < len(arrivals) and start <= now < until:
             _wait_until(began + arrivals[len(answers)])
             prepared.run()
             now = time.perf_counter() - began
@@ -204,7 +204,7 @@ def _one_after_another(scenario: str, prepared: Prepared, seconds: float) -> Ite
         with undisturbed(prepared.threads):
             prepared.run()  # the caller's drawing has left other things in the cache
             began = last = time.perf_counter()
-            while last - began < BLOCK_S:
+            while began <= last < began + BLOCK_S:  # a clock that goes back ends it too, and is then refused
                 prepared.run()
                 before, last = last, time.perf_counter()
                 taken_ms.append(1000 * (last - before))
