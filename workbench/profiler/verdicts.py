@@ -180,7 +180,11 @@ def _smaller_but_not_faster(ratio: Ratio, now: Taken, baseline: Taken, known: Li
         names = listed(odd[:3]) + (" and others" if len(odd) > 3 else "")
         kind, why = "unaligned width", f"{names} {'has' if len(odd) == 1 else 'have'} no multiple of {LANES} channels"
         return Verdict(None, kind, f"{start}; {why}.", "Round its widths to such multiples.")
-    why = f"it has {more} more layers to start" if more > 0 else "each layer costs about as much to start as before"
+    why = (
+        f"it has {more} more layer{'s' if more > 1 else ''} to start"
+        if more > 0
+        else "each layer costs about as much to start as before"
+    )
     if known:
         why += f", and starting {len(now.costs)} layers takes {duration(_launches_ms(now, known))} here"
     return Verdict(None, "launch-bound", f"{start}; {why}.", ADVICE["launch-bound"])
@@ -349,18 +353,19 @@ def _input_shapes(model: nn.Module, example: Tensor) -> dict[str, tuple[int, ...
 
 def _of_the_whole(found: LayerTimes, each: list[Verdict], known: Limits) -> Verdict:
     """Name the kind of verdict under which most of the time falls."""
-    taken = Counter({"launch-bound": max(0.0, found.outside_ms)})
-    for layer, verdict in zip(found.layers, each, strict=True):
+    starts = sum(known.start_ms(layer.kind) for layer in found.layers)
+    taken = Counter({"launch-bound": max(0.0, min(found.outside_ms, starts))})
+    ranked = sorted(zip(found.layers, each, strict=True), key=lambda pair: -pair[0].ms)
+    for layer, verdict in ranked:
         taken[verdict.kind] += layer.ms
     kind, ms = taken.most_common(1)[0]
-    names = [v.layer for v, _ in sorted(zip(each, found.layers, strict=True), key=lambda p: -p[1].ms) if v.kind == kind]
-    where = f"in {listed(names[:3])}{' and others' if len(names) > 3 else ''}" if names else "outside its layers"
-    starts = min(found.total_ms, sum(known.start_ms(layer.kind) for layer in found.layers))
-    total = duration(found.total_ms)
-    evidence = {
-        "launch-bound": f"starting its {len(found.layers)} layers takes {duration(starts)} of {total}",
-    }.get(kind, f"{100 * min(1.0, ms / found.total_ms):.0f} % of {total} go by {where}")
-    advice = next((v.advice for v in each if v.kind == kind), ADVICE.get(kind, ""))
+    names, total = [layer.name for layer, verdict in ranked if verdict.kind == kind], duration(found.total_ms)
+    where = f"in {listed(names[:3])}{' and others' if len(names) > 3 else ''}" if names else "between its layers"
+    evidence = f"{100 * min(1.0, ms / found.total_ms):.0f} % of {total} go by {where}"
+    if kind == "launch-bound":
+        part = duration(min(starts, found.total_ms))
+        evidence = f"starting its {len(found.layers)} layers alone takes {part} of {total}"
+    advice = ADVICE.get(kind) or next(verdict.advice for _, verdict in ranked if verdict.kind == kind)
     return Verdict(None, kind, f"On {found.runtime} the model is mostly {_adjective(kind)}: {evidence}.", advice)
 
 

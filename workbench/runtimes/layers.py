@@ -23,8 +23,9 @@ from workbench.runtimes.openvino import PreparedOpenVINO, executed
 from workbench.surgery import clone, model_class, weighted_layers
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
-COUNTERS = 3  # copies that OpenVINO counts in: it gives only averages, and the median of three outlives a disturbance
+COUNTERS = 5  # copies that OpenVINO counts in: it gives only averages, and those of the least disturbed copy are taken
 COLD_CALLS = 5  # the first calls of a compiled model set up its scratch space, and the counters cannot be cleared
+IN_A_ROW = 20  # calls of one copy before the next
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,12 @@ class Instrumented(Prepared):
         raise NotImplementedError
 
 
-def instrumented(prepared: Prepared) -> list[Instrumented]:
-    """Return copies of `prepared` whose times can be averaged; raises RuntimeFailed if its runtime shows no layers."""
+def instrumented(prepared: Prepared) -> Instrumented:
+    """Return a copy of `prepared` that times its layers; raises RuntimeFailed if its runtime does not show them."""
     if isinstance(prepared, PreparedEager):
-        return [InstrumentedTorch(prepared)]
+        return InstrumentedTorch(prepared)
     if isinstance(prepared, PreparedOpenVINO):
-        requests = prepared.counting(COUNTERS)
-        parts = _openvino_parts(prepared, requests[0])
-        return [InstrumentedOpenVINO(prepared, request, parts) for request in requests]
+        return InstrumentedOpenVINO(prepared)
     raise RuntimeFailed(f"{prepared.runtime} does not show its layers; choose eager, openvino or cuda.")
 
 
@@ -172,34 +171,45 @@ def _torch_part(name: str, layer: nn.Module, macs: int, activations: int, precis
 
 
 class InstrumentedOpenVINO(Instrumented):
-    """The same model compiled once more, with counters: averages over all calls so far, in whole microseconds.
+    """The same model compiled several times, with counters; the copies take turns."""
 
-    A call that the machine disturbs lifts the averages, and it may hit any layer. So they are brought down by as much
-    as the typical call is quicker than the average one.
-    """
-
-    def __init__(self, prepared: PreparedOpenVINO, request, parts: dict[str, Part]):
+    def __init__(self, prepared: PreparedOpenVINO):
         super().__init__(prepared)
-        self._names, self.parts = list(parts), tuple(parts.values())
-        self._request, self._walls = request, []
-        for _ in range(COLD_CALLS):
-            self.run()
-        self._cold = self._averages_us()
+        requests = prepared.counting(COUNTERS)
+        parts = _openvino_parts(prepared, requests[0])
+        self.parts, self._calls = tuple(parts.values()), 0
+        self._copies = [_Counted(request, list(parts)) for request in requests]
 
     def run(self) -> None:
-        start = time.perf_counter_ns()
-        self._request.infer()
-        self._walls.append(time.perf_counter_ns() - start)
-
-    def _averages_us(self) -> np.ndarray:
-        found = {info.node_name: info.real_time.total_seconds() for info in self._request.get_profiling_info()}
-        return np.array([1e6 * found[name] for name in self._names])
+        self._copies[self._calls // IN_A_ROW % COUNTERS].run()
+        self._calls += 1
 
     def times_ms(self) -> np.ndarray:
-        walls = self._walls[COLD_CALLS:]
-        sums_us = self._averages_us() * len(self._walls) - self._cold * COLD_CALLS
-        typical = float(np.median(walls) / np.mean(walls))
-        return np.maximum(sums_us, 0) / len(walls) / 1000 * typical
+        used = [copy.times_ms() for copy in self._copies if copy.calls > COLD_CALLS]
+        return min(used, key=np.sum)
+
+
+class _Counted:
+    """One compiled copy; its counters are averages over all calls, in whole microseconds, and cannot be cleared."""
+
+    def __init__(self, request, names: list[str]):
+        self.request, self.names, self.calls = request, names, 0
+        for _ in range(COLD_CALLS):
+            self.run()
+        self.cold_us = self._averages_us()
+
+    def run(self) -> None:
+        self.request.infer()
+        self.calls += 1
+
+    def times_ms(self) -> np.ndarray:
+        """Return the averages over the calls that were not cold."""
+        sums_us = self._averages_us() * self.calls - self.cold_us * COLD_CALLS
+        return np.maximum(sums_us, 0) / (self.calls - COLD_CALLS) / 1000
+
+    def _averages_us(self) -> np.ndarray:
+        found = {info.node_name: info.real_time.total_seconds() for info in self.request.get_profiling_info()}
+        return np.array([1e6 * found[name] for name in self.names])
 
 
 def _openvino_parts(prepared: PreparedOpenVINO, request) -> dict[str, Part]:
