@@ -223,7 +223,8 @@ def verdicts(
 
 def layer_verdicts(model: nn.Module, example: Tensor, found: LayerTimes, known: Limits) -> list[Verdict]:
     """Return the verdict on each layer of `model`, whose times on `example` are `found`."""
-    bodies, shapes = dict(weighted_layers(model)), _input_shapes(model, example)
+    torch_model = isinstance(model, nn.Module)  # a file's layers are judged by their times alone
+    bodies, shapes = (dict(weighted_layers(model)), _input_shapes(model, example)) if torch_model else ({}, {})
     each = []
     for layer in found.layers:
         verdict, body = _layer_verdict(layer, bodies.get(layer.name), found, known), bodies.get(layer.name)

@@ -26,7 +26,7 @@ from workbench.profiler.roofline import Roofline, roofline
 from workbench.profiler.scenarios import repeated
 from workbench.profiler.verdicts import Verdict, verdicts
 from workbench.reports.words import text
-from workbench.runtimes import RuntimeFailed, runtime
+from workbench.runtimes import ModelFile, RuntimeFailed, runtime
 from workbench.subjects import Subject
 
 Progress = Callable[[str, float], Any]
@@ -157,6 +157,11 @@ class _Case:
         both = {"baseline": self.baseline.model} if self.baseline else {}
         return {**both, "now": self.subject.model}
 
+    @property
+    def has_files(self) -> bool:
+        """True where one of the models is in a file of another program, and torch does not run it."""
+        return any(isinstance(model, ModelFile) for model in self.models.values())
+
 
 # --- the sections: each yields (what it is doing, what changes in the report) ---------------------------------------
 
@@ -177,7 +182,7 @@ def _roofline(case: _Case, report: Report) -> Changes:
 
 def _verdicts(case: _Case, report: Report) -> Changes:
     yield "asking why it isn't faster", {}
-    other = case.baseline.model if case.baseline else None
+    other = case.baseline.model if case.baseline and not case.has_files else None
     found = verdicts(case.subject.model, case.example, other, case.runtime, case.threads)
     yield "verdicts", {"verdicts": tuple(found)}
 
@@ -205,8 +210,9 @@ def _software(case: _Case, report: Report) -> Changes:
 
 def _memory(case: _Case, report: Report) -> Changes:
     yield "weighing memory", {}
-    found = {role: memory(model, case.example) for role, model in case.models.items()}
-    yield "reading energy counters", {"memory": found}
+    if not case.has_files:  # what torch's allocator tells
+        found = {role: memory(model, case.example) for role, model in case.models.items()}
+        yield "reading energy counters", {"memory": found}
     prepared = runtime(case.runtime).prepare(case.subject.model, case.example, case.threads)
     yield "energy", {"energy": energy(prepared, case.seconds)}
 

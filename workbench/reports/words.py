@@ -172,7 +172,7 @@ def _roofline(report: Report) -> Iterator[str]:
 
 def _verdicts(report: Report) -> Iterator[str]:
     for one in report.verdicts:
-        yield f"  {one.layer or 'the whole'}: {one.kind}. {one}"
+        yield f"  {one.kind}: {one}"
 
 
 def _scenarios(report: Report) -> Iterator[str]:

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from workbench.runtimes.base import Kernel, Prepared, Runtime, precisions
+from workbench.runtimes.base import Kernel, Prepared, Runtime, precisions, quiet
 from workbench.runtimes.eager import is_fake_quantized
 from workbench.runtimes.files import ModelFile, graph_of
 from workbench.surgery import clone, weighted_layers
@@ -57,7 +57,8 @@ class PreparedOpenVINO(Prepared):
         """Return requests of the same model, filled with the example, that count the time of each operation."""
         import openvino
 
-        made = converted(self.model, self.example)
+        with quiet():
+            made = converted(self.model, self.example)
         how, numbers = (self.threads, self._floats), self.example.detach().to(self._dtype).contiguous().numpy()
         requests = [compiled(made, *how, counters=True).create_infer_request() for _ in range(copies)]
         for request in requests:
