@@ -84,7 +84,7 @@ class Panel(ipywidgets.VBox):
     # --- what is on the page ---------------------------------------------------------------------------------------
 
     def _build(self, first_runtime: str) -> None:
-        names = [one.name for one in available_runtimes() if one.device == "cpu"]
+        names = self._offered_runtimes()
         first = first_runtime if first_runtime in names else names[0]
         kinds = [(kind.title(), kind) for kind in self._starts]
         self.chooser = controls.choice("technique", kinds, self.kind, "Which technique the controls are for")
@@ -134,9 +134,21 @@ class Panel(ipywidgets.VBox):
             self.presets = {**controls.presets(kind, start), **self._presets}
         for control in self.controls.values():
             control.observe(self._changed, "value")
-        self.knob_row.children = (*self.controls.values(), self.runtime)
+        self.knob_row.children = (*self.controls.values(), *self._conditions())
         self.preset.options = [("choose …", ""), *((n, n) for n in self.presets)]
         self.header.html, self.card.html = self._header_html(), words.card(kind)
+
+    def _offered_runtimes(self) -> list[str]:
+        return [one.name for one in available_runtimes() if one.device == "cpu"]
+
+    def _conditions(self) -> tuple:
+        """Return the controls that say under which conditions latency is measured."""
+        return (self.runtime,)
+
+    @property
+    def place(self) -> str:
+        """Where latency is measured, as the tiles and the points' timings call it."""
+        return self.runtime.value
 
     def _recorded(self) -> list:
         """Return the shipped records of this technique on this model, or those that the caller gave."""
@@ -294,7 +306,7 @@ class Panel(ipywidgets.VBox):
 
     def _submit(self, rest: float = REST) -> None:
         try:
-            technique, name = self.technique, self.runtime.value
+            technique, name = self.technique, self.place
         except ValueError as error:  # settings that do not go together
             self.worker.stop()
             self._say(words.sentence(error))
@@ -313,12 +325,12 @@ class Panel(ipywidgets.VBox):
 
     def train(self) -> None:
         """Train with the shown settings, drawing loss and accuracy."""
-        technique, name = self.technique, self.runtime.value
+        technique, name = self.technique, self.place
         self.worker.submit(lambda stale: self._train(technique, name, stale))
 
     def report(self) -> None:
         """Measure the shown setting on the test images, once."""
-        technique, name = self.technique, self.runtime.value
+        technique, name = self.technique, self.place
         self.worker.submit(lambda stale: self._report(technique, name, stale))
 
     def wait_idle(self, timeout: float = 60.0) -> bool:
@@ -524,14 +536,22 @@ class Panel(ipywidgets.VBox):
             self.train_button.description = self._train_label
             self.train_button.disabled = not hint or self._training is not None
             self.train_button.layout.display = "none" if self.train_button.disabled else None
-            name, now, base, pinned = self.runtime.value, self.point, self.baseline, self.pinned
-            self.tiles.html = words.tiles(now, base, pinned, name, self._gpu)
+            self.tiles.html = self._tiles_html()
             if figure:
-                self._draw_figure(name)
+                self._draw_figure(self.place)
                 self._figure_drawn = time.monotonic()
-            self.words.html = words.in_words(now, base, name, hint)
-            self.table.html = words.table(now, base, pinned)
+            self.words.html = self._words_html(hint)
+            self.table.html = self._table_html()
             self._drawn = time.monotonic()
+
+    def _tiles_html(self) -> str:
+        return words.tiles(self.point, self.baseline, self.pinned, self.place, self._gpu)
+
+    def _words_html(self, hint: str) -> str:
+        return words.in_words(self.point, self.baseline, self.place, hint)
+
+    def _table_html(self) -> str:
+        return words.table(self.point, self.baseline, self.pinned)
 
     def _draw_figure(self, name: str) -> None:
         tried = [p for p in self._points.values() if p is not self.point]

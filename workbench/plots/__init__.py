@@ -40,6 +40,7 @@ from workbench.plots.compression import (
     weight_histogram,
     without_training,
 )
+from workbench.plots.profiler_panel import Shown, profiler_figure
 from workbench.plots.profiles import (
     batch_sweep,
     layer_treemap,
@@ -69,6 +70,7 @@ __all__ = [
     "SERIES",
     "SKY",
     "VERMILLION",
+    "Shown",
     "accuracy_range",
     "batch_sweep",
     "bytes_range",
@@ -87,6 +89,7 @@ __all__ = [
     "panel_figure",
     "plotly_script",
     "points",
+    "profiler_figure",
     "roofline_arrows",
     "roofline_plot",
     "roofline_points",
