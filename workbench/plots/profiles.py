@@ -49,6 +49,7 @@ MEASURES = {  # what a layer's tile may stand for: its title, and its words
     "activation_bytes": ("bytes in and out of each layer", size_text),
 }
 OUTSIDE = "outside layers"
+INSIDE = " › "  # between a module and what it holds
 MOST_STEPS = 14  # of a waterfall; the smaller ones are summed
 LEVELS = ("L1", "L2", "L3", "memory")
 DASHES = ("solid", "dash", "dashdot", "dot")
@@ -77,11 +78,11 @@ def layer_treemap(times: LayerTimes, by: str = "ms", title: str = "") -> go.Figu
         tiles.append((OUTSIDE, times.outside_ms, "#d9d9d9", "between the layers"))
     whole = sum(value for _, value, _, _ in tiles)
     nodes = _tree(tiles)
-    names, values = list(nodes), [node[0] for node in nodes.values()]
+    values = [node[0] for node in nodes.values()]
     treemap = go.Treemap(
-        ids=names,
-        labels=[name.rpartition(".")[2] if name != OUTSIDE else name for name in names],
-        parents=["" if "." not in name else name.rpartition(".")[0] for name in names],
+        ids=[INSIDE.join(path) for path in nodes],
+        labels=[path[-1] for path in nodes],
+        parents=[INSIDE.join(path[:-1]) for path in nodes],
         values=values,
         branchvalues="total",
         text=[f"{text(value)}, {value / max(whole, 1e-12):.0%}" for value in values],
@@ -103,21 +104,25 @@ def _kind_color(kind: str) -> str:
     return next((color for part, color in KINDS if part in kind), GREY)
 
 
-def _tree(tiles: Iterable[tuple[str, float, str, str]]) -> dict[str, tuple[float, str, str]]:
+def _tree(tiles: Iterable[tuple[str, float, str, str]]) -> dict[tuple[str, ...], tuple[float, str, str]]:
     """Return (value, color, kind) of each tile and of each module around it, whose value is the sum of what it holds.
 
     A layer inside a layer (an activation registered in a convolution) counts for itself.
     """
-    nodes: dict[str, tuple[float, str, str]] = {}
+    nodes: dict[tuple[str, ...], tuple[float, str, str]] = {}
     for name, value, color, kind in tiles:
-        parts = name.split(".")
-        for depth in range(1, len(parts)):
-            module = ".".join(parts[:depth])
-            held, shade, words = nodes.get(module, (0.0, "#f2f2f2", "module"))
-            nodes[module] = (held + value, shade, words)
-        held = nodes[name][0] if name in nodes else 0.0
-        nodes[name] = (held + value, color, kind)
+        path = _path(name)
+        for depth in range(1, len(path)):
+            held, shade, words = nodes.get(path[:depth], (0.0, "#f2f2f2", "module"))
+            nodes[path[:depth]] = (held + value, shade, words)
+        held = nodes[path][0] if path in nodes else 0.0
+        nodes[path] = (held + value, color, kind)
     return nodes
+
+
+def _path(name: str) -> tuple[str, ...]:
+    """Return the modules around a layer and its own name: features.0.conv in torch, /features/0/Conv in ONNX."""
+    return tuple(part for part in name.split("/" if "/" in name else ".") if part) or (name,)
 
 
 def layer_waterfall(before: LayerTimes, after: LayerTimes, title: str = "") -> go.Figure:
