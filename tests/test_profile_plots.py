@@ -46,7 +46,7 @@ def test_tiles_of_a_module_add_up_to_it(by):
 def test_layers_of_an_onnx_file_lie_in_their_modules():
     layer = replace(profiles.layer_times().layers[0], name="/features/features.0/Conv")
     tiles = plots.layer_treemap(replace(profiles.layer_times(), layers=(layer,), outside_ms=0.0)).data[0]
-    assert list(tiles.labels) == ["features", "features.0", "Conv"] and list(tiles.parents)[0] == ""
+    assert list(tiles.labels) == ["features", "features.0", "Conv"] and tiles.parents[0] == ""
 
 
 def test_tiles_of_time_add_up_to_the_whole():
