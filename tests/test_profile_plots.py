@@ -89,6 +89,7 @@ def test_layers_lie_where_they_were_measured_and_arrows_join_before_and_after():
     arrows = list(zip(trace["roofline-arrows"].x, trace["roofline-arrows"].y, strict=True))
     assert len(arrows) == 3 * len(after)  # from, to, and a gap; both halves of the split layer start at the whole
     assert arrows[3] == arrows[6] == (35.0, 90.0)
+    assert plots.roofline_arrows(before, before) == {"x": [], "y": []}  # nothing moved
 
 
 def test_no_roof_is_drawn_above_what_was_measured():
