@@ -47,13 +47,12 @@ def layer_moments(model: nn.Module, data: Any, who: str) -> Moments:
     images.
     """
     layers_to_compress(model)
-    if isinstance(data, Tensor):
-        return _moments(model, [data])
-    batches = calibration_batches(model, data)
+    batches = [data] if isinstance(data, Tensor) else calibration_batches(model, data)
     if not batches:
         raise ValueError(f"{who} looks at the inputs of layers: pass data from load_data, or a batch of images.")
+    changes = data._version if isinstance(data, Tensor) and not data.is_inference() else 0
     compute = lambda: (_moments(model, batches), data)  # holding the data keeps its id its own
-    return remembered(model, ("second moments", id(data)), compute)[0]
+    return remembered(model, ("second moments", id(data), changes), compute)[0]
 
 
 def _moments(model: nn.Module, batches: list[Tensor]) -> Moments:
