@@ -75,6 +75,9 @@ def offered_in_notebooks():
 FROM_NOTEBOOKS = {  # presets that train; one-shot stages around a shipped one are computed
     "06, with training": wb.Pipeline([wb.MagnitudePruning(sparsity=0.8, finetune=1), wb.WeightClustering(bits=4)]),
     "07, quantization-aware": wb.Pipeline([wb.MagnitudePruning(), wb.QuantizationAwareTraining()]),
+    "07, all three, trained": wb.Pipeline(
+        [wb.MagnitudePruning(sparsity=0.8), wb.WeightClustering(), wb.Quantization(), wb.FineTune(epochs=1)]
+    ),
 }
 
 
