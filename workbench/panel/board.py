@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import ipywidgets
-from torch import nn
+from torch import Tensor, nn
 
 from workbench.panel import controls, measure, words
 from workbench.panel.figure import Drawing
@@ -348,6 +348,7 @@ class Panel(ipywidgets.VBox):
         self._say(self._notice)
         self._find_baseline()
         self.point = self._known(technique)
+        self._predict(self.point)
         self._progress("resting", "", stale)
         self._draw()
         yield rest
@@ -374,12 +375,15 @@ class Panel(ipywidgets.VBox):
     def _known(self, technique: Technique) -> Point | None:
         """Return the point of these settings: known, shipped, or compressed now; None if it must be trained first."""
         if technique not in self._points:
-            model = technique.recall(self.model) if technique.must_train else self._compress(technique)
+            model = self._recall(technique) if technique.must_train else self._compress(technique)
             if model is None:
                 untrained = self._without_training(technique)
                 return untrained and self._known(untrained)
             self._points[technique] = self._weigh(self._title(technique), technique, model)
         return self._points[technique]
+
+    def _recall(self, technique: Technique) -> nn.Module | None:
+        return technique.recall(self.model)
 
     def _compress(self, technique: Technique, watch=None) -> nn.Module:
         return technique.compress(self.model, self.data, watch)
@@ -411,6 +415,7 @@ class Panel(ipywidgets.VBox):
             if self.state == "stopped":
                 self._draw()
         self._progress("done", self._hint() or "measured", stale)
+        yield from self._learn(point)
 
     def _count(self, point: Point, stale) -> Steps:
         for one, label in ((self.baseline, "the baseline's accuracy"), (point, "accuracy")):
@@ -426,7 +431,23 @@ class Panel(ipywidgets.VBox):
                 calls = timing.now.calls if timing and timing.now else 0
                 self._tick("measuring", f"measuring latency, {one} … {calls} calls", stale)
                 yield
+        self._track(point)
         self._draw()
+
+    def _where(self) -> tuple[str, Tensor, int]:
+        """Return the runtime, the batch and the number of threads that latency is measured with."""
+        return self.runtime.value, self._example, 1
+
+    def _predict(self, point: Point | None) -> None:
+        if point is not None:
+            measure.predict(point, measure.foresight(self.model, *self._where()), self.place, self._where()[1])
+
+    def _track(self, point: Point) -> None:
+        measure.track(point, measure.foresight(self.model, *self._where()), self.place)
+
+    def _learn(self, point: Point) -> Steps:
+        known, example = measure.foresight(self.model, *self._where()), self._where()[1]
+        yield from measure.learn((self.baseline, point), known, example)
 
     def _runtimes(self, name: str) -> list[str]:
         return [name, *([self._gpu[0]] if self._gpu[0] else [])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from workbench.artifact import ledger
 from workbench.profiler import Latency, LayerCost, layer_costs, measure
+from workbench.profiler.layers import LayerTimes, layer_times
 from workbench.profiler.limits import Limits
+from workbench.profiler.predict import LatencyModel
 from workbench.profiler.report import Difference, accuracy_difference
 from workbench.profiler.verdicts import Taken, Verdict, whole_verdict
 from workbench.runtimes import Kernel, Prepared, RuntimeFailed, available_runtimes, runtime
@@ -19,6 +21,7 @@ from workbench.technique import Technique
 from workbench.training import Accuracy, predictions
 
 CALLS, BUDGET_S = 100, 1.0
+MOST_LEARNT, LEARN_CALLS = 5, 30  # points whose layers are looked into, so that others can be predicted
 IMAGES = 128  # in a batch: few, so that the first accuracy comes soon; larger ones are no faster
 OTHER = "other"  # norms, biases outside of layers, the file's header
 
@@ -209,8 +212,55 @@ def verdict_of(point: Point, baseline: Point, place: str, known: Limits | None =
 # --- predicted, then measured --------------------------------------------------------------------------------------
 
 
-def track(point: Point, baseline: nn.Module, place: str) -> None:
-    """Set the prediction of a point beside its measurement."""
+@dataclass
+class Foresight:
+    """Predicts latencies at one place from the layers of the first few points that were measured there."""
+
+    fitted: LatencyModel
+    learnt: list[Point] = field(default_factory=list)
+
+    @property
+    def full(self) -> bool:
+        return len(self.learnt) >= MOST_LEARNT
+
+    def learn(self, point: Point, example: Tensor, times: LayerTimes) -> None:
+        """Fit to one more point, once; layers of the first few say enough of the others."""
+        if not self.full and not any(one is point for one in self.learnt):
+            self.fitted.learn(point.model, example, times)
+            self.learnt.append(point)
+
+
+def foresight(model: nn.Module, name: str, example: Tensor, threads: int = 1) -> Foresight:
+    """Return what predicts latencies of this baseline's relatives on a runtime, one for all panels that show it."""
+    key = ("panel", "foresight", name, threads, tuple(example.shape))
+    return remembered(model, key, lambda: Foresight(LatencyModel(name, threads, len(example))))
+
+
+def predict(point: Point, known: Foresight, place: str, example: Tensor) -> None:
+    """Say how long the point will take, unless that was measured, or nothing was learnt yet."""
+    if known.learnt and place not in point.timings and place not in point.predicted:
+        point.predicted[place] = Prediction(known.fitted.predict_ms(point.model, example))
+
+
+def track(point: Point, known: Foresight, place: str) -> None:
+    """Set the prediction of a point beside its measurement, once."""
+    timing, guess = point.timings.get(place), point.predicted.get(place)
+    if guess and guess.error is None and timing and timing.done:
+        guess.error = known.fitted.track(guess.ms, timing.now.median_ms)
+        guess.median_error = known.fitted.median_error
+
+
+def learn(points: Iterable[Point], known: Foresight, example: Tensor) -> Iterator[None]:
+    """Look into the layers of points that were measured, while there is something to learn from them."""
+    for point in points:
+        if known.full or any(one is point for one in known.learnt):
+            continue
+        yield
+        try:
+            times = layer_times(point.model, example, known.fitted.runtime, known.fitted.threads, LEARN_CALLS)
+        except RuntimeFailed:  # a runtime that shows no layers: nothing is predicted there
+            return
+        known.learn(point, example, times)
 
 
 # --- the test images -----------------------------------------------------------------------------------------------

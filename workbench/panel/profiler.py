@@ -153,6 +153,10 @@ class ProfilerPanel(Panel):
     def _example_of(self, here: Here) -> Tensor:
         return self.data.example(here.batch)
 
+    def _where(self) -> tuple[str, Tensor, int]:
+        here = self.here
+        return here.runtime, self._example_of(here), here.threads
+
     # --- work ------------------------------------------------------------------------------------------------------
 
     def _measure(self, point: Point, name: str, stale) -> Steps:
@@ -177,7 +181,7 @@ class ProfilerPanel(Panel):
             calls = timing.now.calls if timing and timing.now else 0
             self._tick("measuring", f"measuring latency, {here.place} … {calls} calls", stale)
             yield
-        measure.track(point, self.model, here.place)
+        self._track(point)
         self._draw()
 
     def _run(self, point: Point, here: Here, stale) -> Steps:
@@ -233,6 +237,7 @@ class ProfilerPanel(Panel):
             example = self._example_of(here)
             look.times = layer_times(one.model, example, here.runtime, here.threads, LAYER_CALLS)
             look.points = points(look.times)
+            measure.foresight(self.model, here.runtime, example, here.threads).learn(one, example, look.times)
         except RuntimeFailed as error:
             look.why_not = str(error)
 

@@ -21,7 +21,7 @@ from workbench.profiler.units import duration, listed, size, times
 from workbench.runtimes import Kernel, bake
 from workbench.runtimes import runtime as named_runtime
 from workbench.surgery import clone, weighted_layers
-from workbench.weights import FakeQuantize, weight_parametrizations
+from workbench.weights import rounded_bits
 
 KINDS = (
     "launch-bound",
@@ -91,17 +91,11 @@ class Taken:
         layers = [layer for _, layer in weighted_layers(model)]
         zeros = 1 - sum(cost.nonzero for cost in costs) / max(1, sum(cost.parameters for cost in costs))
         rounds = any(hasattr(layer, "input_quantizer") for layer in layers)
-        return cls(latency, tuple(costs), tuple(kernels), zeros, min(map(_bits, layers), default=32), rounds)
+        return cls(latency, tuple(costs), tuple(kernels), zeros, min(map(rounded_bits, layers), default=32), rounds)
 
     @property
     def macs(self) -> int:
         return sum(cost.macs for cost in self.costs)
-
-
-def _bits(layer: nn.Module) -> int:
-    """Return how many bits the layer's weights are rounded to, 32 where they are not."""
-    stack = weight_parametrizations(layer)
-    return min((one.bits for one in stack if isinstance(one, FakeQuantize)), default=32)
 
 
 # --- the whole, without measuring --------------------------------------------------------------------------------
@@ -260,7 +254,7 @@ def _conversion(layer: LayerTime, found: LayerTimes) -> Verdict:
 
 
 def _missing_kernel(layer: LayerTime, body: nn.Module, runtime: str) -> tuple[str, str, str] | None:
-    bits, zeros = _bits(body), float((body.weight == 0).float().mean())
+    bits, zeros = rounded_bits(body), float((body.weight == 0).float().mean())
     if bits < 32 and layer.precision != "int8":
         return _not_integer(bits, hasattr(body, "input_quantizer"), runtime, "them")
     if bits < 8:

@@ -72,32 +72,13 @@ class InstrumentedTorch(Instrumented):
     def __init__(self, prepared: PreparedEager):
         super().__init__(prepared)
         self._original, self.model = prepared, clone(prepared.model)
-        layers = {name: layer for layer, name in {layer: name for name, layer in layers_inside(self.model)}.items()}
-        self.parts = tuple(self._parts(layers))
+        layers = dict(layers_inside(self.model))
+        self.parts = tuple(parts_of(self.model, self.example))
         self._marks: list[tuple[int, object, object]] = []
         self._rows: list[np.ndarray] = []
         self._event = isinstance(prepared, PreparedCuda)
         for index, part in enumerate(self.parts):
             self._wrap(index, layers[part.name])
-
-    def _parts(self, layers: dict[str, nn.Module]) -> Iterator[Part]:
-        """Run the model once and yield the layers that are called, in the order of their first call."""
-        seen: dict[str, list[tuple[int, int]]] = {}
-
-        def note(name: str, layer: nn.Module):
-            def hook(_layer, args, output):
-                seen.setdefault(name, []).append((_macs(layer, output), _nbytes(args) + _nbytes(output)))
-
-            return layer.register_forward_hook(hook)
-
-        hooks = [note(name, layer) for name, layer in layers.items()]
-        with torch.inference_mode():
-            self.model(self.example)
-        for hook in hooks:
-            hook.remove()
-        for name, calls in seen.items():
-            macs, activations = (sum(column) for column in zip(*calls, strict=True))
-            yield _torch_part(name, layers[name], macs, activations, self.precision)
 
     def _wrap(self, index: int, layer: nn.Module) -> None:
         forward, marks, now = layer.forward, self._marks, self._now
@@ -134,18 +115,41 @@ class InstrumentedTorch(Instrumented):
         return np.median(self._rows, axis=0)
 
 
-def layers_inside(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def layers_inside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (name, layer) of the modules that compute: those without children, and torch's own that are no containers.
 
     What hangs on such a layer, like a quantizer of its inputs, runs beside its `forward` and is a layer of its own.
     """
-    own = type(model).__module__.startswith("torch.nn.modules") and not isinstance(model, CONTAINERS)
-    children = list(model.named_children())
-    if own or not children:
-        yield prefix, model
-    for name, child in children:
-        if not own or not type(child).__module__.startswith("torch.nn."):
-            yield from layers_inside(child, f"{prefix}.{name}" if prefix else name)
+    inner: list[str] = []  # names of layers whose parts are not looked into
+    for name, module in model.named_modules():
+        foreign = not type(module).__module__.startswith("torch.nn.")
+        if any(name.startswith(outer) for outer in inner) and not foreign:
+            continue
+        if not foreign and not isinstance(module, CONTAINERS):
+            inner.append(f"{name}.")
+        elif next(module.children(), None) is not None:
+            continue
+        yield name, module
+
+
+def parts_of(model: nn.Module, example: Tensor) -> list[Part]:
+    """Run a model of plain layers once and return those that are called, in the order of their first call."""
+    calls: dict[str, list[tuple[int, int]]] = {}
+    layers = dict(layers_inside(model))
+
+    def note(name: str, layer: nn.Module):
+        def hook(_layer, args, output):
+            calls.setdefault(name, []).append((_macs(layer, output), _nbytes(args) + _nbytes(output)))
+
+        return layer.register_forward_hook(hook)
+
+    hooks = [note(name, layer) for name, layer in layers.items()]
+    with torch.inference_mode():
+        model(example)
+    for hook in hooks:
+        hook.remove()
+    sums = {name: [sum(column) for column in zip(*found, strict=True)] for name, found in calls.items()}
+    return [_torch_part(name, layers[name], *counted) for name, counted in sums.items()]
 
 
 def _macs(layer: nn.Module, output) -> int:
@@ -160,10 +164,10 @@ def _nbytes(values) -> int:
     return sum(map(_nbytes, values)) if isinstance(values, list | tuple) else 0
 
 
-def _torch_part(name: str, layer: nn.Module, macs: int, activations: int, precision: str) -> Part:
-    held = list(layer.parameters(recurse=False))
+def _torch_part(name: str, layer: nn.Module, macs: int, activations: int) -> Part:
+    held = list(layer.parameters())
     weights = sum(p.nbytes for p in held)
-    computes = DTYPES.get(held[0].dtype, precision) if held else precision
+    computes = DTYPES.get(held[0].dtype, str(held[0].dtype)) if held else "fp32"
     return Part(name, type(layer).__name__, macs, weights, activations, computes, type(layer).__name__)
 
 
