@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "browser"), str(ROOT / "tests")]
 
-MOVES_S = 20
+MOVES_S = 75
 
 CELLS = (
     'import workbench as wb\nfrom workbench.panel import panel\ndata = wb.load_data("glyphs")\n'

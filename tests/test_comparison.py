@@ -68,7 +68,7 @@ def test_unrest_and_other_models_are_noted(saved):
     other["runtimes"][0] |= {"noisy": True, "threads": 2, "batch": 8}
     other["model"]["parameters"] += 1
     notes = " ".join(compare_profiles(changed(saved), other, ("a", "b")).notes)
-    assert "not the same model" in notes and "In b the times drifted while they were taken, on eager" in notes
+    assert "not the same model" in notes and "In b the machine was not quiet while it was measured, on eager" in notes
     assert "1 image a call on 1 thread, and 8 images a call on 2 threads" in notes
     assert "In b the machine had other work: 7.5 processes" in notes and "In a" not in notes
 

@@ -22,7 +22,7 @@ def last(running):
 
 @pytest.fixture(scope="module")
 def rows():
-    model, before = vgg(16), {}
+    model = vgg(16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = last(software_first(model, images(2), calls=12))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from workbench.cli.choosing import add_split, at_least_one, chosen, compressed, shape_of, technique_named
@@ -36,7 +37,7 @@ def add_profile(commands):
     add_split(parser)
     _add_sections(parser)
     _add_outputs(parser)
-    parser.set_defaults(run=run_profile)
+    parser.set_defaults(run=run_profile, misused=parser.error)
     return parser
 
 
@@ -60,6 +61,8 @@ def run_profile(args) -> None:
     """Measure a model beside its baseline and print a table and what it says in words; or compare two profiles."""
     if args.compare:
         return _compare(*args.compare)
+    if args.model is None:
+        args.misused("name a model, such as glyphs-cnn, model.onnx or torchvision.models:resnet18")
     from workbench.profiler import save_profile
     from workbench.reports import html_page, investigate
 
@@ -68,9 +71,7 @@ def run_profile(args) -> None:
     subject, baseline = _subjects(args)
     how = {"runtimes": args.runtime, "batch": _batch(args, subject), "threads": _threads(args.threads)}
     with Doing() as watch:
-        report = investigate(
-            subject, baseline, _sections(args), watch, calls=args.calls, split=args.split, **how
-        )  # fmt: skip
+        report = investigate(subject, baseline, _sections(args), watch, calls=args.calls, split=args.split, **how)
     print(report)
     if args.json:
         save_profile(report, args.json)
@@ -99,8 +100,6 @@ def _sections(args) -> list[str]:
 
 def _subjects(args):
     """Return the model to measure and, where there is one, what to compare it with."""
-    if args.model is None:
-        raise ValueError("Name a model, such as glyphs-cnn, model.onnx or torchvision.models:resnet18.")
     subject = opened(args.model, args.input, args.data)
     baseline = opened(args.baseline, args.input, args.data) if args.baseline else _origin(args, subject)
     if args.technique is None:
@@ -110,8 +109,6 @@ def _subjects(args):
 
 def _origin(args, subject):
     """Return the shipped model that a file was made from, or None."""
-    from dataclasses import replace
-
     from workbench.models import MODELS
 
     name = architecture_of(subject.model)
@@ -119,8 +116,6 @@ def _origin(args, subject):
 
 
 def _compressed(args, subject):
-    from dataclasses import replace
-
     from workbench.runtimes import ModelFile
 
     if isinstance(subject.model, ModelFile):
@@ -129,7 +124,17 @@ def _compressed(args, subject):
         )
     technique = chosen(args, args.technique)
     small = compressed(technique, subject.model, subject.images)
-    return replace(subject, name=f"{subject.name}, {technique}", model=small)
+    return replace(subject, name=f"{subject.name}, {_in_words(technique)}", model=small)
+
+
+def _in_words(technique) -> str:
+    """Return a technique and those of its settings that are not as they come: channel pruning (sparsity 0.5)."""
+    changed = [
+        f"{knob.name.replace('_', ' ')} {value}"
+        for knob in technique.settings()
+        if (value := getattr(technique, knob.name)) != knob.default
+    ]
+    return type(technique).title().lower() + (f" ({', '.join(changed)})" if changed else "")
 
 
 def _batch(args, subject) -> int:

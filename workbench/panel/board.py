@@ -375,12 +375,15 @@ class Panel(ipywidgets.VBox):
     def _known(self, technique: Technique) -> Point | None:
         """Return the point of these settings: known, shipped, or compressed now; None if it must be trained first."""
         if technique not in self._points:
-            model = technique.recall(self.model) if technique.must_train else self._compress(technique)
+            model = self._recall(technique) if technique.must_train else self._compress(technique)
             if model is None:
                 untrained = self._without_training(technique)
                 return untrained and self._known(untrained)
             self._points[technique] = self._weigh(self._title(technique), technique, model)
         return self._points[technique]
+
+    def _recall(self, technique: Technique) -> nn.Module | None:
+        return technique.recall(self.model)
 
     def _compress(self, technique: Technique, watch=None) -> nn.Module:
         return technique.compress(self.model, self.data, watch)

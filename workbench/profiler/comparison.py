@@ -170,7 +170,7 @@ def _how(rows: list[dict]) -> str:
 def _unrest(name: str, rows: list[dict], place: dict) -> Iterator[str]:
     noisy = [row["runtime"] for row in rows if row["noisy"]]
     if noisy:
-        yield f"In {name} the times drifted while they were taken, on {listed(noisy)}."
+        yield f"In {name} the machine was not quiet while it was measured, on {listed(noisy)}."
     if (place.get("load") or 0) > rows[0]["threads"] + BUSY:
         yield f"In {name} the machine had other work: {place['load']:.1f} processes on average, {place['cores']} cores."
 

@@ -55,7 +55,7 @@ def _about_accuracy(profile: Profile) -> Iterator[str]:
 
 
 def _about_run(profile: Profile, run: Run) -> Iterator[str]:
-    noisy = " The times drifted while they were measured, so take them with care." if run.latency.noisy else ""
+    noisy = " The machine was not quiet meanwhile, so take these times with care." if run.latency.noisy else ""
     text = f"{run.runtime} computes in {run.latency.precision} and takes {run.latency}"
     if run.ratio is not None:
         text += f", {_against(run.ratio, 'the baseline there')}"

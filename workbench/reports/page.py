@@ -96,8 +96,10 @@ def _list(sentences) -> str:
 # --- pieces ---------------------------------------------------------------------------------------------------------
 
 
-def _figure(figure) -> str:
-    """Return a figure with its sentence below it, for those who cannot see it."""
+def _figure(figure, titled: bool = True) -> str:
+    """Return a figure with its sentence below it, for those who cannot see it; without its title where a heading is."""
+    if not titled:
+        figure.update_layout(title_text="")
     drawn = figure.to_html(full_html=False, include_plotlyjs=False, config=plots.CONFIG)
     words_of = html.escape(plots.summary(figure))
     return f'<figure aria-label="{words_of}">{drawn}<figcaption>{words_of}</figcaption></figure>'
@@ -106,7 +108,11 @@ def _figure(figure) -> str:
 def _table(table: words.Table, folded: str = "") -> str:
     """Return a table whose columns sort at a click; `folded` is the line that opens it, where it starts closed."""
     heads, rows = table
-    head = "".join(f'<th scope="col"><button type="button">{html.escape(one)}</button></th>' for one in heads)
+    numbers = ["number" if any(isinstance(row[i], int | float) for row in rows) else "" for i in range(len(heads))]
+    head = "".join(
+        f'<th scope="col" class="{kind}"><button type="button">{html.escape(one)}</button></th>'
+        for one, kind in zip(heads, numbers, strict=True)
+    )
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     shown = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     return f"<details><summary>{html.escape(folded)}</summary>{shown}</details>" if folded else shown
@@ -192,7 +198,7 @@ def _layers(report: Report) -> Iterator[str]:
 def _roofline(report: Report) -> Iterator[str]:
     if report.roofline is not None:
         now, before = (points(one) if one else [] for one in (report.layers, report.baseline_layers))
-        yield _figure(plots.roofline_plot(report.roofline, now, before))
+        yield _figure(plots.roofline_plot(report.roofline, now, before), titled=False)
         yield _table(words.roof_table(report), "Table of roofs")
 
 
@@ -203,13 +209,13 @@ def _verdicts(report: Report) -> Iterator[str]:
 
 def _scenarios(report: Report) -> Iterator[str]:
     if report.scenarios:
-        yield _figure(plots.scenario_latencies(report.scenarios))
+        yield _figure(plots.scenario_latencies(report.scenarios), titled=False)
         yield _table(words.scenario_table(report))
 
 
 def _sweep(report: Report) -> Iterator[str]:
     if report.sweep:
-        yield _figure(plots.batch_sweep(report.sweep, knee(report.sweep)))
+        yield _figure(plots.batch_sweep(report.sweep, knee(report.sweep)), titled=False)
         yield _table(words.sweep_table(report), "Table of the sweep")
 
 
@@ -221,7 +227,7 @@ def _software(report: Report) -> Iterator[str]:
 
 def _memory(report: Report) -> Iterator[str]:
     if report.memory:
-        yield _figure(plots.memory_bars(report.memory))
+        yield _figure(plots.memory_bars(report.memory), titled=False)
         yield _table(words.memory_table(report), "Table of memory")
     if report.energy:
         yield f"<p>Energy: {html.escape(str(report.energy))}.</p>"

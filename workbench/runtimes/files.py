@@ -124,7 +124,7 @@ def graph_of(file: ModelFile, example: Tensor) -> Any:
     graph = _read(file.path)
     try:
         graph.reshape(list(example.shape))
-    except RuntimeError as error:
+    except Exception as error:
         shapes = f"{tuple(example.shape)}; it was written for {shape_text(file.shape)}"
         raise RuntimeFailed(f"{file.path.name} does not work for inputs of shape {shapes} ({cause(error)}).") from error
     return graph
@@ -142,7 +142,7 @@ def _read(path: Path) -> Any:
     reader = FrontEndManager().load_by_framework(READERS[path.suffix.lower()])
     try:
         model = reader.convert(reader.load(str(path)))
-    except RuntimeError as error:
+    except Exception as error:  # of classes that OpenVINO does not name in public
         raise _unreadable(path, str(error).strip().splitlines()[-1].rstrip(".!")) from error
     if not model.outputs:
         raise _unreadable(path, "there is no model in it")

@@ -125,7 +125,7 @@ def converted(model: nn.Module | ModelFile, example: Tensor, any_batch: bool = F
     import openvino
 
     if isinstance(model, ModelFile):
-        return graph_of(model, example)
+        return _named_once(graph_of(model, example))
     with torch.no_grad():
         traced = torch.jit.trace(lambda batch: model(batch), example, check_trace=False)
     shape = [-1 if any_batch else len(example), *example.shape[1:]]
@@ -134,6 +134,14 @@ def converted(model: nn.Module | ModelFile, example: Tensor, any_batch: bool = F
     except Exception as error:
         logging.getLogger(__name__).info("Direct conversion failed (%s); using openvino.convert_model.", error)
         return openvino.convert_model(traced, example_input=example, input=[shape])
+
+
+def _named_once(graph):
+    """Return the graph after the fusions that the compiler makes first: else each compilation names what it fused anew."""
+    from openvino._offline_transformations import apply_moc_transformations
+
+    apply_moc_transformations(graph, cf=False)
+    return graph
 
 
 def _convert_directly(traced, example: Tensor, shape: list[int]):
