@@ -79,7 +79,8 @@ def test_everything_measured_is_on_the_page(opened):
     look = shown.look(shown.point)
     assert look.times.total_ms > 0 and {p.name for p in look.points} > {"0.0"}
     assert "memory-bound" in shown.verdict_view.html and "Store fewer." in shown.verdict_view.html
-    assert shown.verdict_view.html.count("<li>") == 5 and look.told()[0].layer is None  # the whole, four layers
+    assert shown.verdict_view.html.count("<li>") == 4 and look.told()[0].layer == look.times.slowest(1)[0].name
+    assert shown.words.html.count("wb-kind") == 1  # the verdict on the whole
     assert "outside layers" in shown.table.html and "data-sorts" in shown.table.html
     assert shown.header.html.startswith("<h3>Profiler: ")
 
