@@ -14,7 +14,8 @@ CELLS = (
 
 PROFILER = (
     CELLS[0],
-    "from workbench.panel import ProfilerPanel\nshown = ProfilerPanel(wb.{technique}, model, data, runtime='eager')\nshown",
+    "from workbench.panel import ProfilerPanel\n"
+    "shown = ProfilerPanel(wb.{technique}, model, data, runtime='eager')\nshown",
 )
 
 
