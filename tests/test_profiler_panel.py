@@ -79,7 +79,8 @@ def test_everything_measured_is_on_the_page(opened):
     look = shown.look(shown.point)
     assert look.times.total_ms > 0 and {p.name for p in look.points} > {"0.0"}
     assert "memory-bound" in shown.verdict_view.html and "Store fewer." in shown.verdict_view.html
-    assert shown.verdict_view.html.count("<li>") == 5 and look.told()[0].layer is None  # the whole, four layers
+    assert shown.verdict_view.html.count("<li>") == 4 and look.told()[0].layer == look.times.slowest(1)[0].name
+    assert shown.words.html.count("wb-kind") == 1  # the verdict on the whole
     assert "outside layers" in shown.table.html and "data-sorts" in shown.table.html
     assert shown.header.html.startswith("<h3>Profiler: ")
 
@@ -211,6 +212,41 @@ def test_a_prediction_is_marked_as_one():
     point.predicted["eager"] = Prediction(0.25)
     tile = words.latency_tile("latency", "latency", "eager", point, None)
     assert "0.250" in tile and "wb-predicted" in tile and "off" not in tile
+
+
+def test_prediction_stands_until_the_measurement_and_then_beside_it(opened, monkeypatch):
+    shown, seen = opened(), []
+    assert shown.point.predicted == {}  # nothing was learnt before the first measurement
+    real = measure.time_point
+    monkeypatch.setattr(measure, "time_point", lambda *args: seen.append(shown.tiles.html) or real(*args))
+    shown.controls["rank"].value = 0.2
+    assert shown.wait_idle()
+    guess = shown.point.predicted["eager"]
+    assert "wb-predicted" in seen[0] and f"{guess.ms:.3f}" in seen[0]
+    assert guess.error == pytest.approx(abs(guess.ms / shown.point.timings["eager"].now.median_ms - 1))
+    assert "wb-predicted" not in shown.tiles.html and f"{100 * guess.error:.0f} % off" in shown.tiles.html
+
+
+def test_predictions_learn_from_few_models_and_each_once(model, data):
+    example = data.example()
+    points = [measure.weigh(str(i), None, model, example, measure.layer_names(model)) for i in range(7)]
+    known = measure.Foresight(measure.LatencyModel("eager", 1, 1))
+    for _ in range(2):
+        assert all(step is None for step in measure.learn(points, known, example))
+    assert known.full and len(known.learnt) == measure.MOST_LEARNT
+    assert [one.title for one in known.learnt] == ["0", "1", "2", "3", "4"]
+
+
+def test_a_runtime_without_layers_predicts_nothing(model, data, monkeypatch):
+    def refuse(*args):
+        raise RuntimeFailed("It does not show its layers.")
+
+    monkeypatch.setattr(measure, "layer_times", refuse)
+    known = measure.Foresight(measure.LatencyModel("eager", 1, 1))
+    point = measure.weigh("one", None, model, data.example(), measure.layer_names(model))
+    assert list(measure.learn([point], known, data.example())) == [None]
+    measure.predict(point, known, "eager", data.example())
+    assert point.predicted == {}
 
 
 # --- maps ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from workbench.artifact import ledger
 from workbench.profiler import Latency, LayerCost, layer_costs, measure
 from workbench.profiler.layers import LayerTimes, layer_times
-from workbench.profiler.limits import Limits
 from workbench.profiler.predict import LatencyModel
 from workbench.profiler.report import Difference, accuracy_difference
 from workbench.profiler.verdicts import Taken, Verdict, whole_verdict
@@ -200,13 +199,13 @@ def _try(model: nn.Module, example: Tensor, name: str, threads: int) -> Prepared
         return None
 
 
-def verdict_of(point: Point, baseline: Point, place: str, known: Limits | None = None) -> Verdict | None:
+def verdict_of(point: Point, baseline: Point, place: str) -> Verdict | None:
     """Say why a point is faster or not, from the latencies that were taken; None while they are not."""
     timing = point.timings.get(place)
     if timing is None or not timing.done:
         return None
     now = Taken.of(point.model, timing.now, point.costs, timing.kernels)
-    return whole_verdict(now, Taken.of(baseline.model, timing.baseline, baseline.costs, timing.baseline_kernels), known)
+    return whole_verdict(now, Taken.of(baseline.model, timing.baseline, baseline.costs, timing.baseline_kernels))
 
 
 # --- predicted, then measured --------------------------------------------------------------------------------------

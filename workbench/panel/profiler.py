@@ -55,16 +55,15 @@ class Look:
     finished: set[str] = field(default_factory=set)  # scenarios that were not stopped
     times: LayerTimes | None = None
     points: list[RooflinePoint] = field(default_factory=list)
-    whole: Verdict | None = None
     verdicts: list[Verdict] | None = None  # one for each layer of `times`
     why_not: str = ""
 
     def told(self, most: int = 4) -> list[Verdict]:
-        """Return the verdict on the whole, and those on the layers that take most time."""
-        if self.whole is None or self.verdicts is None:
+        """Return the verdicts on the layers that take most time, the slowest first."""
+        if self.verdicts is None:
             return []
         by_time = sorted(zip(self.times.layers, self.verdicts, strict=True), key=lambda pair: -pair[0].ms)
-        return [self.whole, *(said for _, said in by_time[:most])]
+        return [said for _, said in by_time[:most]]
 
 
 class ProfilerPanel(Panel):
@@ -248,7 +247,6 @@ class ProfilerPanel(Panel):
             yield
             known = limits(here.runtime, here.threads)
             yield
-            look.whole = measure.verdict_of(point, self.baseline, here.place, known)
             look.verdicts = layer_verdicts(point.model, self._example_of(here), look.times, known)
             self._draw()
 

@@ -347,7 +347,7 @@ def verdict_list(verdicts: Iterable[Verdict], why_not: str = "") -> str:
     """Return the verdicts in their order, each with its evidence and one thing to try."""
     rows = "".join(f"<li>{judged(verdict)}</li>" for verdict in verdicts)
     missing = f"<p>{escape(why_not)}</p>" if why_not else ""
-    return f"<h4>Why it is as fast as it is</h4><ul>{rows}</ul>{missing}" if rows or missing else ""
+    return f"<h4>What holds the slowest layers back</h4><ul>{rows}</ul>{missing}" if rows or missing else ""
 
 
 def judged(verdict: Verdict) -> str:

@@ -114,7 +114,8 @@ def _shapes(model: nn.Module, example: Tensor) -> dict[str, tuple[str, np.ndarra
 
 
 def _group(part: Part, layer: nn.Module, integer: bool) -> str:
-    pointwise = "" if max(getattr(layer, "kernel_size", None) or (1,)) > 1 else " of one pixel"
+    sides = getattr(layer, "kernel_size", 1)  # of a pooling layer it may be one number
+    pointwise = "" if max(sides if isinstance(sides, tuple) else (sides,)) > 1 else " of one pixel"
     grouped = " in groups" if getattr(layer, "groups", 1) > 1 else ""
     return f"{part.kind}{pointwise}{grouped}{' in int8' if integer else ''}"
 
