@@ -2,8 +2,10 @@
 
 from workbench.profiler.costs import LayerCost, layer_costs, peak_activation_bytes
 from workbench.profiler.environment import Environment, environment
-from workbench.profiler.layers import LayerTime, LayerTimes, layer_times
+from workbench.profiler.layers import LayerTime, LayerTimes, layer_times, layer_times_of
 from workbench.profiler.limits import Limits, limits
+from workbench.profiler.maps import WinLoseMap, integer_map, low_rank_map, sparse_map, width_map
+from workbench.profiler.predict import LatencyModel
 from workbench.profiler.profile import profile
 from workbench.profiler.report import Difference, Measures, Profile, Run, accuracy_difference
 from workbench.profiler.roofline import Roofline, RooflinePoint, measure_roofline, points, roofline
@@ -15,6 +17,7 @@ __all__ = [
     "Difference",
     "Environment",
     "Latency",
+    "LatencyModel",
     "LayerCost",
     "LayerTime",
     "LayerTimes",
@@ -27,20 +30,26 @@ __all__ = [
     "Run",
     "Taken",
     "Verdict",
+    "WinLoseMap",
     "accuracy_difference",
     "compare",
     "environment",
+    "integer_map",
     "latencies",
     "latency",
     "layer_costs",
     "layer_times",
+    "layer_times_of",
     "limits",
+    "low_rank_map",
     "measure",
     "measure_roofline",
     "peak_activation_bytes",
     "points",
     "profile",
     "roofline",
+    "sparse_map",
     "verdicts",
     "whole_verdict",
+    "width_map",
 ]
