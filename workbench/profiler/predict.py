@@ -28,6 +28,7 @@ BLOCK = 16  # channels that kernels compute at once; a part of a block takes as 
 SHORTEST_MS = 0.002  # times below are not told apart by all clocks, and get no more weight than this one
 DOUBT = 0.3  # of a measured layer just as large: how far a correction holds back
 OUTSIDE = "outside"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass
@@ -115,7 +116,7 @@ def _shapes(model: nn.Module, example: Tensor) -> dict[str, tuple[str, np.ndarra
 
 
 def _group(part: Part, layer: nn.Module, integer: bool) -> str:
-    pointwise = "" if max(getattr(layer, "kernel_size", None) or (1,)) > 1 else " of one pixel"
+    pointwise = " of one pixel" if isinstance(layer, CONVOLUTIONS) and layer.weight[0, 0].numel() == 1 else ""
     grouped = " in groups" if getattr(layer, "groups", 1) > 1 else ""
     return f"{part.kind}{pointwise}{grouped}{' in int8' if integer else ''}"
 
