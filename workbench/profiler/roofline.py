@@ -162,17 +162,25 @@ def cache_sizes(folder: str = "/sys/devices/system/cpu/cpu0/cache") -> dict[str,
 
 def roofline(threads: int = 1) -> Roofline:
     """Return the roofs of this machine: measured once, then remembered in the user's cache folder."""
+    *_, found = growing_roofline(threads)
+    return found
+
+
+def growing_roofline(threads: int = 1) -> Iterator[Roofline]:
+    """Yield the remembered roofs of this machine at once, or what is known of them after each measurement."""
     path = _remembered_at(threads)
     try:
-        return Roofline(**json.loads(path.read_text(encoding="utf-8")))
+        yield Roofline(**json.loads(path.read_text(encoding="utf-8")))
+        return
     except (OSError, ValueError, TypeError):  # not measured yet, or by an older version
-        *_, found = measure_roofline(threads)
+        pass
+    for found in measure_roofline(threads):
+        yield found
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found.to_dict()), encoding="utf-8")
     except OSError:
         pass  # a folder that cannot be written only means measuring again
-    return found
 
 
 def _remembered_at(threads: int) -> Path:

@@ -209,16 +209,23 @@ def verdicts(
     With `baseline` both are timed in turns. Raises RuntimeFailed if the runtime cannot run or does not show layers.
     """
     known, found = limits(runtime, threads), layer_times(model, example, runtime, threads)
-    bodies, shapes = dict(weighted_layers(model)), _input_shapes(model, example)
+    each = layer_verdicts(model, example, found, known)
+    if baseline is None:
+        return [_of_the_whole(found, each, known), *each]
+    return [_versus(model, example, baseline, runtime, threads, known), *each]
+
+
+def layer_verdicts(model: nn.Module, example: Tensor, found: LayerTimes, known: Limits) -> list[Verdict]:
+    """Return the verdict on each layer of `model`, whose times on `example` are `found`."""
+    torch_model = isinstance(model, nn.Module)  # a file's layers are judged by their times alone
+    bodies, shapes = (dict(weighted_layers(model)), _input_shapes(model, example)) if torch_model else ({}, {})
     each = []
     for layer in found.layers:
         verdict, body = _layer_verdict(layer, bodies.get(layer.name), found, known), bodies.get(layer.name)
         if body is not None and layer.share > LARGE and verdict.kind in ADVICE:
             verdict = _width_verdict(layer, body, shapes[layer.name], found) or verdict
         each.append(verdict)
-    if baseline is None:
-        return [_of_the_whole(found, each, known), *each]
-    return [_versus(model, example, baseline, runtime, threads, known), *each]
+    return each
 
 
 def _layer_verdict(layer: LayerTime, body: nn.Module | None, found: LayerTimes, known: Limits) -> Verdict:

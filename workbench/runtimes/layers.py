@@ -6,6 +6,7 @@ torch times each layer around its own `forward` with the processor's clock or th
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from workbench.runtimes.base import Prepared, RuntimeFailed
 from workbench.runtimes.cuda import PreparedCuda
 from workbench.runtimes.eager import DTYPES, PreparedEager
+from workbench.runtimes.files import ModelFile
 from workbench.runtimes.openvino import PreparedOpenVINO, executed
-from workbench.surgery import clone, model_class
+from workbench.surgery import clone, model_class, weighted_layers
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
 COUNTERS = 4  # copies that OpenVINO counts in: it gives only averages, and those of the least disturbed copy are taken
@@ -218,12 +220,20 @@ def _openvino_parts(prepared: PreparedOpenVINO, request) -> dict[str, Part]:
     """Return the operations that run, by the names that their counters go by, in the order they run."""
     request.infer()  # the first call is slow, so that even the quickest operation is seen to run
     ran = {info.node_name for info in request.get_profiling_info() if info.status.name == "EXECUTED"}
-    kernels, modules, parts = prepared.multiplying(request), dict(prepared.model.named_modules()), {}
+    kernels, layers, parts = prepared.multiplying(request), _layers_of(prepared), {}
     for name, operation, outputs in executed(request.get_compiled_model(), ran | set(kernels)):
-        module = modules.get(kernels[name].layer) if name in kernels else None
-        if module is None:
+        layer = layers.get(kernels[name].layer) if name in kernels else None
+        if layer is None:
             parts[name] = Part(name, operation.pop("kind"), 0, **operation)
         else:
-            operation["kind"] = model_class(module).__name__
-            parts[name] = Part(kernels[name].layer, macs=module.weight[0].numel() * outputs, **operation)
+            operation["kind"], each = layer
+            parts[name] = Part(kernels[name].layer, macs=each * outputs, **operation)
     return parts
+
+
+def _layers_of(prepared: PreparedOpenVINO) -> dict[str, tuple[str, int]]:
+    """Return (kind, multiply-adds for each output value) of the layers that multiply, by name."""
+    if isinstance(prepared.model, ModelFile):
+        counted = prepared.model.layers(prepared.example)
+        return {layer.name: (layer.kind, layer.macs // math.prod(layer.output_shape)) for layer in counted}
+    return {name: (model_class(x).__name__, x.weight[0].numel()) for name, x in weighted_layers(prepared.model)}
