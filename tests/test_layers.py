@@ -312,7 +312,7 @@ def test_more_layers_and_odd_widths_are_named_when_fewer_operations_do_not_pay()
     square = nn.Sequential(nn.Flatten(), nn.Linear(784, 64)).eval()
     factors = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.Linear(16, 64)).eval()
     found = slower(factors, square)
-    assert found.kind == "launch-bound" and "1 more layer to start" in found.evidence
+    assert found.kind == "launch-bound" and "1 layer more to start" in found.evidence
     odd = nn.Sequential(nn.Flatten(), nn.Linear(784, 51)).eval()
     assert slower(odd, square).kind == "unaligned width"
     launch = Limits(roofline(), {"ReLU": 1.5, "Linear": 1.5}, "eager", 1)  # all of the 2 ms
