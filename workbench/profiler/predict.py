@@ -3,21 +3,22 @@
 Each kind of layer has its own line: a fixed cost, and costs for each multiply-add, each byte of weights and each byte
 moved, none below zero (after the operator-level predictors of nn-Meter; Zhang et al., 2021,
 doi:10.1145/3458864.3467882).
-What lies outside layers has one too.
+What lies outside layers has one too. Where measured layers of similar size were off that line, the next is corrected.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor, nn
 
-from workbench.profiler.layers import LayerTimes, layer_times
+from workbench.profiler.layers import LayerTimes, layer_times_of
 from workbench.runtimes import bake
 from workbench.runtimes.layers import Part, parts_of
 from workbench.surgery import weighted_layers
@@ -25,12 +26,13 @@ from workbench.weights import rounded_bits
 
 BLOCK = 16  # channels that kernels compute at once; a part of a block takes as long as a whole one
 SHORTEST_MS = 0.002  # times below are not told apart by all clocks, and get no more weight than this one
+DOUBT = 0.3  # of a measured layer just as large: how far a correction holds back
 OUTSIDE = "outside"
 
 
 @dataclass
 class LatencyModel:
-    """Predicts a model's latency on one runtime from the shapes of its layers; see `fit` and `fitting`.
+    """Predicts a model's latency on one runtime from the shapes of its layers; see `fit`.
 
     `errors` are the relative errors of the predictions that were followed by a measurement; see `track`.
     """
@@ -46,11 +48,13 @@ class LatencyModel:
     def fit(
         cls, models: Sequence[nn.Module], example: Tensor, runtime: str = "eager", threads: int = 1, calls: int = 60
     ) -> LatencyModel:
-        """Measure the layers of a few models, say one at either end of a slider and some between, and fit to them.
+        """Measure the layers of a few models in turns, say at both ends of a slider and between, and fit to them.
 
         `example` is float (B, C, H, W). Raises RuntimeFailed if the runtime cannot run one or shows no layers.
         """
-        *_, fitted = fitting(models, example, runtime, threads, calls)
+        fitted = cls(runtime, threads, len(example))
+        for model, times in zip(models, layer_times_of(models, example, runtime, threads, calls), strict=True):
+            fitted.learn(model, example, times)
         return fitted
 
     def learn(self, model: nn.Module, example: Tensor, times: LayerTimes) -> None:
@@ -70,10 +74,17 @@ class LatencyModel:
         Layers of a kind that was never measured count as nothing but their part of what lies outside.
         """
         shapes = _shapes(model, example)
-        inside = sum(
-            float(features @ self._costs[group]) for group, features in shapes.values() if group in self._costs
-        )
+        inside = sum(self._layer_ms(*one) for one in shapes.values() if one[0] in self._costs)
         return inside + float(_outside(shapes) @ self._costs[OUTSIDE])
+
+    def _layer_ms(self, group: str, features: np.ndarray) -> float:
+        """Return the line's value, corrected by how far the line was off at measured layers of similar size."""
+        rows = np.array([row for row, _ in self._seen[group]])
+        taken = np.maximum([ms for _, ms in self._seen[group]], SHORTEST_MS)
+        off = np.log(taken / np.maximum(rows @ self._costs[group], SHORTEST_MS))
+        near = np.exp(-0.5 * ((_sizes(rows) - _sizes(features)) ** 2).sum(-1))
+        correction = float(near @ off / (near.sum() + DOUBT))
+        return float(features @ self._costs[group]) * math.exp(correction)
 
     def track(self, predicted_ms: float, measured_ms: float) -> float:
         """Note a prediction beside its measurement and return its relative error, 0.1 for ten percent off."""
@@ -84,16 +95,6 @@ class LatencyModel:
     def median_error(self) -> float | None:
         """The median relative error of the predictions tracked so far, or None before the first."""
         return statistics.median(self.errors) if self.errors else None
-
-
-def fitting(
-    models: Sequence[nn.Module], example: Tensor, runtime: str = "eager", threads: int = 1, calls: int = 60
-) -> Iterator[LatencyModel]:
-    """Yield the same LatencyModel after each model measured, better each time; it predicts from the first on."""
-    fitted = LatencyModel(runtime, threads, len(example))
-    for model in models:
-        fitted.learn(model, example, layer_times(model, example, runtime, threads, calls))
-        yield fitted
 
 
 def _shapes(model: nn.Module, example: Tensor) -> dict[str, tuple[str, np.ndarray]]:
@@ -132,6 +133,11 @@ def _filling(layer: nn.Module) -> float:
         return 1.0
     outputs, inputs = layer.weight.shape[:2]
     return -(-outputs // BLOCK) * BLOCK / outputs * -(-inputs // BLOCK) * BLOCK / inputs
+
+
+def _sizes(features: np.ndarray) -> np.ndarray:
+    """Return features on a scale where layers that differ by a factor of two are one apart."""
+    return np.log2(np.maximum(features[..., 1:], 1e-6))
 
 
 def _outside(shapes: dict[str, tuple[str, np.ndarray]]) -> np.ndarray:

@@ -23,7 +23,7 @@ from workbench.runtimes.openvino import PreparedOpenVINO, executed
 from workbench.surgery import clone, model_class, weighted_layers
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
-COUNTERS = 5  # copies that OpenVINO counts in: it gives only averages, and those of the least disturbed copy are taken
+COUNTERS = 4  # copies that OpenVINO counts in: it gives only averages, and those of the least disturbed copy are taken
 COLD_CALLS = 5  # the first calls of a compiled model set up its scratch space, and the counters cannot be cleared
 IN_A_ROW = 20  # calls of one copy before the next
 
