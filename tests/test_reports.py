@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from workbench.profiler import compare_profiles, load_profile, save_profile
-from workbench.reports import SECTIONS, html_page, investigate, words
+from workbench.reports import SECTIONS, collect, html_page, investigate, words
 from workbench.reports.page import POLICY
 from workbench.subjects import Subject
 
@@ -107,3 +107,13 @@ def test_a_page_has_only_what_was_measured(baseline):
     page = html_page(profiles.report(baseline, **bare))
     assert page.count("<figure ") == 1 and "Scenarios" not in page and "Where this was measured" in page
     assert html_page(profiles.report(baseline)).count("<figure ") == (8 if baseline else 7)
+
+
+def test_a_section_that_breaks_leaves_the_others(monkeypatch):
+    def breaks(case, report):
+        yield "breaking", {}
+        raise KeyError("kernel")
+
+    monkeypatch.setitem(collect.MEASURE, "memory", breaks)
+    found = investigate(subject(), None, ("layers", "memory"), runtimes=["eager"], calls=6)
+    assert found.layers is not None and found.missing == {"memory": "KeyError, 'kernel'"}

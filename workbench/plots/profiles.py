@@ -50,6 +50,7 @@ MEASURES = {  # what a layer's tile may stand for: its title, and its words
 }
 OUTSIDE = "outside layers"
 INSIDE = " › "  # between a module and what it holds
+LEAST_MOVE = 0.06  # powers of ten: 15 % on both axes of a roofline
 MOST_STEPS = 14  # of a waterfall; the smaller ones are summed
 LEVELS = ("L1", "L2", "L3", "memory")
 DASHES = ("solid", "dash", "dashdot", "dot")
@@ -243,14 +244,24 @@ def roofline_points(points: Sequence[RooflinePoint]) -> dict[str, list]:
 
 
 def roofline_arrows(before: Sequence[RooflinePoint], after: Sequence[RooflinePoint]) -> dict[str, list]:
-    """Return x and y of lines from each layer before to the same layer, or to each of its parts, after."""
+    """Return x and y of lines from each layer before to the same layer, or to each of its parts, after.
+
+    A layer that hardly moved has none: an arrow shorter than its own head points nowhere.
+    """
     old, xs, ys = {point.name: point for point in before}, [], []
     for point in after:
         start = next((old[name] for name in _ancestors(point.name) if name in old), None)
-        if start is not None:
+        if start is not None and _moved(start, point):
             xs += [start.intensity, point.intensity, None]
             ys += [start.gflops, point.gflops, None]
     return {"x": xs, "y": ys}
+
+
+def _moved(before: RooflinePoint, after: RooflinePoint) -> bool:
+    if not all((before.intensity, before.gflops, after.intensity, after.gflops)):
+        return False
+    along, up = math.log10(after.intensity / before.intensity), math.log10(after.gflops / before.gflops)
+    return math.hypot(along, up) > LEAST_MOVE
 
 
 def _roofs(roofline: Roofline) -> list[go.Scatter]:

@@ -27,6 +27,7 @@ from workbench.profiler.scenarios import repeated
 from workbench.profiler.verdicts import Verdict, verdicts
 from workbench.reports.words import text
 from workbench.runtimes import ModelFile, RuntimeFailed, runtime
+from workbench.runtimes.base import cause
 from workbench.subjects import Subject
 
 Progress = Callable[[str, float], Any]
@@ -114,8 +115,9 @@ def investigate(
             for message, changes in MEASURE[section](case, report):
                 report = replace(report, **changes)
                 watch(message, start + size / 2)
-        except (RuntimeFailed, ValueError, NotImplementedError) as error:
-            report = replace(report, missing={**report.missing, section: str(error)})
+        except Exception as error:  # whatever a strange model breaks there, the other sections stand
+            why = str(error) if isinstance(error, RuntimeFailed | ValueError) else cause(error)
+            report = replace(report, missing={**report.missing, section: why})
     watch("done", 1.0)
     return report
 
