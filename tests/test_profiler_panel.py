@@ -13,6 +13,7 @@ import workbench as wb
 from workbench import plots
 from workbench.panel import MapPanel, ProfilerPanel, measure, profiler, words
 from workbench.panel.measure import Point, Prediction
+from workbench.profiler import LayerTime, LayerTimes
 from workbench.profiler.maps import WinLoseMap
 from workbench.profiler.roofline import Roofline
 from workbench.profiler.verdicts import Verdict
@@ -202,6 +203,22 @@ def test_figure_always_has_the_same_traces():
     empty, full = plots.profiler_figure(["conv", "fc"]), plots.profiler_figure(["conv", "fc"], roofline=ROOFS)
     assert [trace.type for trace in empty.data] == [trace.type for trace in full.data]
     assert plots.summary(full).endswith(".")
+
+
+def test_a_layer_too_quick_for_the_clock_has_a_row():
+    quick = LayerTime("fold", "Reorder", 0.0, 0.0, 0, 0, 64, "fp32", "reorder_f32")
+    times = LayerTimes((quick,), 0.5, 0.5, "openvino", "fp32", 1, 1, False)
+    table = words.layer_times_table(times, None, [])
+    assert "<td>0.0000</td>" in table and "<td>100.0</td>" in table and words.layer_times_table(None, None, []) == ""
+
+
+def test_roofs_that_were_interrupted_are_measured_again(opened, monkeypatch):
+    taken = []
+    monkeypatch.setattr(profiler, "growing_roofline", lambda threads: taken.append(threads) or iter([ROOFS]))
+    shown = opened()
+    shown._whole_roofs.clear()  # as after Stop
+    shown.controls["rank"].value = 0.3
+    assert shown.wait_idle() and taken == [1, 1] and shown._whole_roofs == {1}
 
 
 # --- predicted, then measured --------------------------------------------------------------------------------------

@@ -12,15 +12,14 @@ from workbench import plots
 from workbench.panel import controls, words
 from workbench.panel.lesson import Card, Plot
 from workbench.panel.worker import Steps, Worker
-from workbench.profiler import maps as measured
-from workbench.profiler.maps import WinLoseMap
+from workbench.profiler.maps import WinLoseMap, integer_map, low_rank_map, sparse_map, width_map
 
 FRAME = 1.0  # seconds between two drawings: each replaces the whole figure on the page
 MAPS: dict[str, Callable[[], Iterator[WinLoseMap]]] = {
-    "zeros × batch": lambda: measured.sparse_map(),
-    "rank × size": lambda: measured.low_rank_map(),
-    "bits × size": lambda: measured.integer_map(),
-    "channels": lambda: measured.width_map(),
+    "zeros × batch": sparse_map,
+    "rank × size": low_rank_map,
+    "bits × size": integer_map,
+    "channels": width_map,
 }
 
 

@@ -62,7 +62,6 @@ class Point:
     layer_bytes: dict[str, int]
     layer_macs: dict[str, int]
     layer_parameters: dict[str, int]
-    costs: tuple[LayerCost, ...] = ()
     hits: Tensor | None = None  # bool (N,): which validation images are right, in order
     exact: bool = False  # every validation image was looked at
     timings: dict[str, Timing] = field(default_factory=dict)  # by place: runtime, and batch and threads if not 1
@@ -71,6 +70,7 @@ class Point:
     test_hits: Tensor | None = None
     steps: list = field(default_factory=list)  # of the training that made it
     note: str = ""
+    costs: tuple[LayerCost, ...] = ()  # of its layers, on one image
 
     @property
     def accuracy(self) -> Accuracy | None:
@@ -93,7 +93,8 @@ def weigh(title: str, technique: Technique | None, model: nn.Module, example: Te
     for cost in costs:
         layer_macs[home(cost.name, layers)] += cost.macs
     counts = (book.total_bytes, book.parameters, sum(layer_macs.values()))
-    return Point(title, technique, model, *counts, layer_bytes, layer_macs, layer_parameters, tuple(costs))
+    found = (layer_bytes, layer_macs, layer_parameters)
+    return Point(title, technique, model, *counts, *found, costs=tuple(costs))
 
 
 def home(name: str, layers: list[str]) -> str:

@@ -91,7 +91,8 @@ class ProfilerPanel(Panel):
             raise ValueError(f"threads is {threads}; this process may use 1 to {cores}.")
         self._begin = {"scenario": scenario, "batch": batch, "threads": threads}
         self._looks: dict[tuple, Look] = {}
-        self._roofs: dict[int, Roofline] = {}
+        self._roofs: dict[int, Roofline] = {}  # by the number of threads, as far as they are measured
+        self._whole_roofs: set[int] = set()
         super().__init__(technique, model, data, records=[], **options)
 
     # --- what is on the page ---------------------------------------------------------------------------------------
@@ -217,12 +218,13 @@ class ProfilerPanel(Panel):
 
     def _look_inside(self, point: Point, here: Here, stale) -> Steps:
         """Measure the roofs of this machine, once, and the layers of both models."""
-        if here.threads not in self._roofs:
+        if here.threads not in self._whole_roofs:
             self._progress("measuring", "measuring the roofs of this machine …", stale)
             for roofs in growing_roofline(here.threads):
                 self._roofs[here.threads] = roofs
                 self._tick("measuring", "measuring the roofs of this machine …", stale)
                 yield
+            self._whole_roofs.add(here.threads)
         for one in (self.baseline, point):
             look = self.look(one, here.place)
             if look.times is None and not look.why_not:
