@@ -35,7 +35,7 @@ def test_the_page_is_whole_without_a_network(page, address, screenshots, width):
     page.goto(address)
     page.wait_for_function(DRAWN)
     assert page.visit.requests == [address] and page.visit.errors == []
-    assert page.locator(".js-plotly-plot").count() == 8
+    assert page.locator(".js-plotly-plot").count() == 9
     page.screenshot(path=screenshots / f"report-{width}.png", full_page=True)
     assert page.evaluate(OUTSIDE) == [] and page.evaluate(CUT) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width

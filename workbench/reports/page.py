@@ -20,16 +20,6 @@ if TYPE_CHECKING:
     from workbench.profiler import Run
     from workbench.reports.collect import Report
 
-ENVIRONMENT = {  # titles of what the environment card tells; other keys are shown under their own names
-    "processor": "Processor",
-    "features": "Instruction sets",
-    "cores": "Cores this process may use",
-    "virtual_machine": "Virtual machine",
-    "gpu": "GPU",
-    "platform": "System",
-    "versions": "Libraries",
-}
-
 
 def html_page(report: Report) -> str:
     """Return the page; nothing in it is loaded from anywhere."""
@@ -82,7 +72,7 @@ def _sections(report: Report) -> Iterator[str]:
             parts.append(f"<p>Not measured: {html.escape(report.missing[name])}</p>")
         if parts:
             yield _section(f"{title} ({report.runtime})" if name in words.ON_RUNTIME else title, *parts)
-    yield _section("Where this was measured", _environment(report.profile.environment.to_dict()))
+    yield _section("Where this was measured", _environment(report.profile.environment.card()))
 
 
 def _section(title: str, *parts: str) -> str:
@@ -168,20 +158,9 @@ def _runtimes(report: Report) -> Iterator[str]:
     yield _table(words.runtime_table(report))
 
 
-def _environment(facts: dict[str, Any]) -> str:
-    items = "".join(
-        f"<dt>{html.escape(ENVIRONMENT.get(key, key.replace('_', ' ').capitalize()))}</dt><dd>{_fact(value)}</dd>"
-        for key, value in facts.items()
-    )
+def _environment(card: dict[str, str]) -> str:
+    items = "".join(f"<dt>{html.escape(title)}</dt><dd>{html.escape(told)}</dd>" for title, told in card.items())
     return f'<dl class="card">{items}</dl>'
-
-
-def _fact(value: Any) -> str:
-    if isinstance(value, dict):
-        return html.escape(", ".join(f"{name} {one}" for name, one in value.items())) or "none"
-    if isinstance(value, list | tuple):
-        return html.escape(", ".join(map(str, value))) or "none known"
-    return {True: "yes", False: "no", None: "not told", "": "none"}.get(value, html.escape(str(value)))
 
 
 # --- one function a section: figures first, then the table -----------------------------------------------------------
@@ -233,6 +212,12 @@ def _memory(report: Report) -> Iterator[str]:
         yield f"<p>Energy: {html.escape(str(report.energy))}.</p>"
 
 
+def _maps(report: Report) -> Iterator[str]:
+    for one in report.maps:
+        yield _figure(plots.win_lose_plot(one))
+        yield _table(words.map_table(one), f"Table of times faster: {one.title}")
+
+
 PARTS = {
     "layers": _layers,
     "roofline": _roofline,
@@ -241,4 +226,5 @@ PARTS = {
     "sweep": _sweep,
     "software": _software,
     "memory": _memory,
+    "maps": _maps,
 }
