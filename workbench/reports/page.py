@@ -49,6 +49,7 @@ def html_page(report: Report) -> str:
 """
 
 
+TITLE = 28  # pixels that a figure's title takes
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 
 
@@ -89,7 +90,8 @@ def _list(sentences) -> str:
 def _figure(figure, titled: bool = True) -> str:
     """Return a figure with its sentence below it, for those who cannot see it; without its title where a heading is."""
     if not titled:
-        figure.update_layout(title_text="")
+        top, height = figure.layout.margin.t, figure.layout.height
+        figure.update_layout(title_text="", margin_t=top - TITLE, height=height - TITLE)
     drawn = figure.to_html(full_html=False, include_plotlyjs=False, config=plots.CONFIG)
     words_of = html.escape(plots.summary(figure))
     return f'<figure aria-label="{words_of}">{drawn}<figcaption>{words_of}</figcaption></figure>'

@@ -70,12 +70,13 @@ def number(value: float) -> str:
 
 def runtime_table(report: Report) -> Table:
     """Return one row a runtime: its single calls, those of the baseline, and throughput at the large batch."""
-    heads = ("runtime", "computes in", "median, ms", "p25, ms", "p75, ms", "p90, ms", "baseline, ms", "against it")
+    heads = ("runtime", "computes in", "median, ms", "p25–p75, ms", "p90, ms", "baseline, ms", "against it")
     heads += ("against the best fp32", "images a second", "batch")
     rows = []
     for run in report.profile.runs:
         own, many, best = run.latency, run.throughput, report.profile.ratio_to_best(run)
-        times = (own.median_ms, own.p25_ms, own.p75_ms, own.p90_ms, run.baseline.median_ms if run.baseline else None)
+        middle = f"{number(own.p25_ms)}–{number(own.p75_ms)}"
+        times = (own.median_ms, middle, own.p90_ms, run.baseline.median_ms if run.baseline else None)
         against = tuple("" if ratio is None else str(ratio) for ratio in (run.ratio, best))
         noisy = " (noisy)" if own.noisy else ""
         rows.append((run.runtime, own.precision + noisy, *times, *against, many.images_per_second, many.batch))
