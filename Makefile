@@ -9,7 +9,7 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_in
 PYTHON  ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python3.10,\
              $(shell $(name) -c '$(SUPPORTED)' 2>/dev/null && echo $(name))))
 
-.PHONY: help dashboard lab test check format bench coverage glyphs train records headlines clean
+.PHONY: help dashboard lab test check format bench coverage glyphs train records results headlines clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make glyphs      build the embedded data set again"
 	@echo "make train       train the shipped models again"
 	@echo "make records     measure the sweeps that the notebooks quote, where they are out of date"
+	@echo "make results     train what panels show at once, where it is missing (an hour or two)"
 	@echo "make headlines   compress the LeNets as far as they go, where the files are missing (hours)"
 
 dashboard: $(VENV)/.installed
@@ -60,6 +61,9 @@ train: $(VENV)/.installed
 
 records: $(VENV)/.installed
 	$(BIN)/python scripts/make_records.py $(ARGS)
+
+results: $(VENV)/.installed
+	$(BIN)/python scripts/make_results.py $(ARGS)
 
 headlines: $(VENV)/.installed
 	$(BIN)/python scripts/make_headlines.py $(ARGS)

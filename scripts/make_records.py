@@ -61,7 +61,9 @@ def combining() -> list[wb.Pipeline]:
     int8 = wb.Quantization(weight_bits=8)
     table = [[], [prune], [four], [int8], [prune, four], [prune, int8], [four, int8], [prune, four, int8]]
     others = [[four, prune], [three], [prune, three], [three, prune], [prune, three, int8]]
-    return [wb.Pipeline(stages) for stages in (*table, *others)]
+    more = wb.MagnitudePruning(sparsity=0.8)  # as in combinations.json, where the same is trained
+    untrained = [[more], [more, four], [more, int8], [more, four, int8]]
+    return [wb.Pipeline(stages) for stages in (*table, *others, *untrained)]
 
 
 SPARSITIES = [0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.74, 0.78, 0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98]

@@ -22,9 +22,27 @@ from workbench.paths import shipped
 
 MODEL = "glyphs-cnn"
 RESULTS = (
+    wb.GradualPruning(),
+    wb.MovementPruning(),
+    wb.WeightDecayPruning(),
+    wb.AdaRound(),
+    wb.QuantizationAwareTraining(),
+    wb.DistillationFeatures(),
+    wb.DistillationRelational(),
     *(wb.MagnitudePruning(sparsity=s, finetune=1) for s in (0.8, 0.9)),
-    *(wb.ChannelPruning(sparsity=s, finetune=1) for s in (0.25, 0.5, 0.75)),
-    *(kind(width=w) for kind in (wb.DistillationFeatures, wb.DistillationRelational) for w in (0.125, 0.25)),
+    wb.Pipeline([wb.MagnitudePruning(), wb.QuantizationAwareTraining()]),
+    wb.Pipeline(
+        [wb.MagnitudePruning(sparsity=0.8), wb.WeightClustering(), wb.Quantization(), wb.FineTune(epochs=1)]
+    ),
+    *(wb.ChannelPruning(sparsity=s, finetune=1) for s in (0.5, 0.75)),
+    wb.LowRank(rank=0.1, finetune=1),
+    wb.EntropyAwareTraining(),
+    wb.SelfDistillation(),
+    wb.AdaRound(weight_bits=2),
+    wb.QuantizationAwareTraining(weight_bits=2),
+    wb.DistillationFeatures(width=0.125),
+    wb.DistillationRelational(width=0.125),
+    wb.GradualPruning(sparsity=0.9),
 )
 
 

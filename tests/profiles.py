@@ -1,12 +1,28 @@
 """Profiles made up for tests of figures and pages: every shape that the profiler's results can take."""
 
-import numpy as np
+from dataclasses import replace
 
-from workbench.profiler import Latency, Memory, Ratio, ScenarioResult, SoftwareRow, SweepPoint
+import numpy as np
+import torch
+
+from workbench.profiler import (
+    Latency,
+    LayerCost,
+    Measures,
+    Memory,
+    Profile,
+    Ratio,
+    Run,
+    ScenarioResult,
+    SoftwareRow,
+    SweepPoint,
+    environment,
+)
 from workbench.profiler.layers import LayerTime, LayerTimes
 from workbench.profiler.maps import WinLoseMap
 from workbench.profiler.roofline import Roofline, RooflinePoint
 from workbench.profiler.verdicts import Verdict
+from workbench.reports import Report
 
 
 def latency(median=1.0, batch=1, threads=1, runtime="eager", precision="fp32"):
@@ -94,3 +110,29 @@ def verdicts():
         Verdict(None, "launch-bound", "Starting 12 layers takes 61 % of 0.3 ms.", "Try a larger batch."),
         Verdict("fc", "memory-bound", "It reads 4 MB for 1 M multiply-adds.", "Store its weights in fewer bits."),
     ]
+
+
+def report(baseline=True, **changes):
+    """A whole report, as `investigate` would return it."""
+    single, large = latency(0.4, runtime="openvino"), latency(9.0, 64, runtime="openvino")
+    rivals = (
+        {"baseline": latency(0.8, runtime="openvino"), "baseline_throughput": latency(20.0, 64)} if baseline else {}
+    )
+    runs = (Run("openvino", "cpu", "", (), 0.0, single, large, **rivals),)
+    layers = (LayerCost("fc", "Linear", 1000, 900, 1000, (1, 10)),)
+    small = Measures(410_000, 600_000, 150_000, 9_000_000, 0.1, 800_000, layers, torch.arange(100) > 8)
+    full = Measures(2_180_000, 2_200_000, 540_000, 39_000_000, 0.0, 1_200_000, layers, torch.arange(100) > 7)
+    profile = Profile(small, full if baseline else None, runs, {}, "val", environment())
+    found = Report("small", "glyphs-cnn" if baseline else "", profile, "openvino", "2030-01-01 12:00 UTC")
+    rest = {
+        "layers": layer_times(0.6, split=True),
+        "baseline_layers": layer_times() if baseline else None,
+        "roofline": roofline(),
+        "verdicts": tuple(verdicts()),
+        "scenarios": scenarios(),
+        "sweep": tuple(sweep_points()),
+        "software": tuple(software()),
+        "memory": memories(),
+        "energy": "not available on this machine",
+    }
+    return replace(found, **{**rest, **changes})

@@ -8,6 +8,7 @@ import pytest
 import toy
 
 import workbench as wb
+from workbench import results
 from workbench.panel import measure, panel, pipeline
 from workbench.records import Record
 from workbench.surgery import clone, weighted_layers
@@ -319,3 +320,36 @@ def test_nothing_but_training_shows_nothing_before_it(opened):
     shown = opened(Trained())
     assert shown.point is None and shown.stage_view.html == ""
     assert "press Train it here" in shown.words.html
+
+
+# --- shipped results -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shipping(model, tmp_path, monkeypatch):
+    """Let this test ship a result of the toy."""
+    monkeypatch.setattr(results, "shipped", lambda *parts: tmp_path.joinpath(*parts))
+    return lambda technique, result: results.keep(technique, model, result)
+
+
+def test_a_shipped_training_stands_at_once_with_what_each_stage_left(opened, shipping, model, data):
+    trained = wb.FineTune(epochs=1)
+    shipping(wb.Pipeline([PRUNE, trained]), wb.MagnitudePruning(sparsity=0.75).compress(model))
+    shown = opened(PRUNE, trained, ROUND)
+    assert shown.state == "done" and shown.point.technique == wb.Pipeline([PRUNE, trained, ROUND])
+    assert shown.stage_view.html.count("<tr>") == 4
+    zeros = [report.invariants.sparsity for report, _ in shown._reports[shown.point.technique]]
+    assert zeros == pytest.approx([0.5, 0.75, 0.75], abs=0.01)
+
+
+def test_a_first_stage_alone_is_recalled_by_its_own_result(shipping, model, data):
+    tuned = wb.MagnitudePruning(sparsity=0.5, finetune=1)
+    shipping(tuned, wb.MagnitudePruning(sparsity=0.75).compress(model))
+    reports = wb.Pipeline([tuned, CLUSTER]).recalled(model, data)
+    assert [report.stage for report in reports] == [tuned, CLUSTER]
+    assert wb.Pipeline([CLUSTER, tuned]).recalled(model, data) is None
+
+
+def test_what_has_no_effect_needs_no_result(model, data):
+    assert wb.FineTune(epochs=0).recall(model) is not None
+    assert len(wb.Pipeline([PRUNE, wb.FineTune(epochs=0)]).recalled(model, data)) == 2

@@ -19,7 +19,7 @@ from workbench.paths import shipped
 from workbench.profiler import environment, latencies, layer_costs
 from workbench.profiler.profile import Progress
 from workbench.runtimes import RuntimeFailed, available_runtimes
-from workbench.technique import Technique
+from workbench.technique import Pipeline, Technique
 from workbench.training import Accuracy, evaluate
 
 SMALLER_IS_BETTER = ("size_bytes", "macs", "parameters", "error")  # and every latency
@@ -205,6 +205,19 @@ def read_records(name: str, folder: str | os.PathLike | None = None) -> list[Rec
 def record_names(folder: str | os.PathLike | None = None) -> list[str]:
     """Return the names of the records in `folder`, or of those that the package ships."""
     return sorted(path.stem for path in _path("any", folder).parent.glob("*.json"))
+
+
+def technique_of(name: str, settings: dict[str, Any]) -> Technique:
+    """Return the technique that a record names with its settings; those of a pipeline are its stages."""
+    from workbench import techniques
+
+    if name == "Pipeline":
+        return Pipeline([technique_of(stage["technique"], _without_name(stage)) for stage in settings["stages"]])
+    return getattr(techniques, name)(**settings)
+
+
+def _without_name(stage: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in stage.items() if name != "technique"}
 
 
 def find(records: Iterable[Record], technique: str | None = None, **settings) -> Record:

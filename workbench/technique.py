@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from math import isfinite
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -79,7 +81,8 @@ class Setting:
 
     def _check_number(self, value):
         kind = type(self.default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
+        number = isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+        if not number or kind(value) != value:
             word = "a whole number" if kind is int else "a number"
             raise ValueError(f"{self.label} is {value!r}; it takes {word} from {self.low} to {self.high}.")
         if not self.low <= value <= self.high:
@@ -163,10 +166,11 @@ class Technique:
         raise TypeError(f"{type(self).__name__} does not say how it compresses: define compress(model, data, watch).")
 
     def recall(self, model: nn.Module) -> nn.Module | None:
-        """Return a result shipped for exactly this model and these settings, or None."""
+        """Return a result shipped for exactly this model and these settings, or None; at neutral, a copy."""
         from workbench.results import recall
+        from workbench.surgery import clone
 
-        return recall(self, model)
+        return clone(model) if self.is_neutral else recall(self, model)
 
     def control(self) -> Technique | None:
         """Return what trains as long and the same way without a teacher, or None where no teacher takes part."""
@@ -227,10 +231,25 @@ class Pipeline(Technique):
 
         A stage keeps what those before it made: zeros stay zero, codebooks stay small, layers do not grow again.
         """
+        yield from self._reports(model, self._compressed(model, data, watch))
+
+    def recalled(self, model: nn.Module, data: Any = None) -> list[StageReport] | None:
+        """Return the reports of `run` without a training, or None.
+
+        Shipped results stand where a stage trains; None where one of them is not shipped.
+        """
+        pairs = list(self._recalled(model, data))
+        return None if any(small is None for _, small in pairs) else list(self._reports(model, pairs))
+
+    def recall(self, model):
+        """Return the shipped result of exactly these stages, or None; one stage alone has the result of its own."""
+        return self.stages[0].recall(model) if len(self.stages) == 1 else super().recall(model)
+
+    def _reports(self, model: nn.Module, pairs: Iterable[tuple[Technique, nn.Module]]) -> Iterator[StageReport]:
         from workbench.invariants import Invariants, Promises
 
         before, promises = Invariants.of(model), Promises()
-        for stage, small in self._compressed(model, data, watch):
+        for stage, small in pairs:
             after = Invariants.of(small)
             broken = promises.broken_by(stage.title(), after)
             promises.add(stage.title(), before, after)
@@ -243,3 +262,15 @@ class Pipeline(Technique):
         for stage in self.stages:
             small = stage.within(model).compress(small, data, watch)
             yield stage, small
+
+    def _recalled(self, model, data) -> Iterator[tuple[Technique, nn.Module | None]]:
+        """Do as `_compressed` does with shipped results for stages that train; the first that is missing ends it."""
+        small = model
+        for i, stage in enumerate(self.stages):
+            if stage.must_train and not stage.is_neutral:
+                small = Pipeline(self.stages[: i + 1]).recall(model)
+            else:
+                small = stage.compress(small, data)
+            yield stage, small
+            if small is None:
+                return

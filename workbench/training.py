@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.data import Data, Split
+from workbench.surgery import weighted_layers
+from workbench.weights import finite_weight
 
 Z_95 = 1.959963984540054
 Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, images, labels) -> the loss of a batch
@@ -67,10 +69,10 @@ def evaluating(model: nn.Module):
 
 def predictions(model: nn.Module, split: Split, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (predicted, true) class numbers, int64 (B,) each, batch by batch in the order of the split."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    like = next(model.parameters(), torch.empty(0))  # images come in the precision of the model, and where it is
     for images, labels in split.batches(batch_size):
         with evaluating(model):
-            images = images.to(device).contiguous(memory_format=torch.channels_last)
+            images = images.to(like.device, like.dtype).contiguous(memory_format=torch.channels_last)
             yield model(images).argmax(1).cpu(), labels
 
 
@@ -229,6 +231,34 @@ def _label_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(images).float(), labels)
 
 
+def check_trainable(model: nn.Module, data: Data) -> None:
+    """Raise ValueError, saying what is wrong, where `model` cannot learn to answer the labels of `data`."""
+    kind = type(model).__name__
+    if len(data.train) == 0:
+        raise ValueError(f"The data set {data.name!r} has no training images: pass one that has some.")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"{kind} has no parameters to train: there is nothing to learn.")
+    for name, layer in weighted_layers(model):
+        finite_weight(name, layer.weight.detach())
+    answers, most = answer_shape(model, data.example(1)), int(data.train.labels.max())
+    if len(answers) != 1 or answers[0] <= most:
+        raise ValueError(
+            f"{kind} answers an image with shape {answers}, and {data.name!r} has labels up to {most}: the model needs "
+            f"one score for each of {len(data.classes)} classes."
+        )
+
+
+def answer_shape(model: nn.Module, images: Tensor) -> tuple[int, ...]:
+    """Return the shape of what `model` answers to each of `images`; raises ValueError if it cannot answer them."""
+    try:
+        with evaluating(model):
+            return tuple(model(images).shape[1:])
+    except RuntimeError as error:
+        kind, shape = type(model).__name__, tuple(images.shape[1:])
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise ValueError(f"{kind} cannot answer images of shape {shape}: {reason}.") from error
+
+
 def fit(
     model: nn.Module,
     data: Data,
@@ -258,9 +288,11 @@ def fit(
     seed gives the same result on the same machine.
     `each_step(number, steps)` is called in every step, number 1 first, when the gradients are there and the weights
     have not moved yet; it may change the model, and returning True makes `fit` forget what was best before.
+    Without validation images the last weights stay. Raises ValueError as `check_trainable` does.
     `parameters`: groups as torch's optimizers take them, each with its own "lr". `penalty(step, steps)` is added to
     the loss of each step. `keep="last"` leaves the last weights, not the best, where accuracy is not all that counts.
     """
+    check_trainable(model, data)
     per_epoch = math.ceil(len(data.train) / batch_size)
     groups = parameters if parameters is not None else model.parameters()
     optimizer = torch.optim.AdamW(groups, learning_rate, weight_decay=weight_decay)
@@ -268,8 +300,9 @@ def fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, peaks, total_steps=max(5, epochs * per_epoch), pct_start=0.25
     )  # torch divides by zero where a quarter of the steps is exactly one
+    keeps_best = keep == "best" and len(data.val) > 0
     state = _State(
-        model, optimizer, schedule, keep == "best", steps=epochs * per_epoch, penalty=penalty, each_step=each_step
+        model, optimizer, schedule, keeps_best, steps=epochs * per_epoch, penalty=penalty, each_step=each_step
     )
     if checkpoint and checkpoint.is_file():
         state.load(checkpoint, per_epoch)

@@ -154,10 +154,12 @@ def test_bad_input_is_answered_in_words(kind):
 
 
 def test_stopping_rounds_the_rest_to_nearest_and_tells_the_error_of_each_layer():
-    steps, model = [], network()
+    steps, all_steps, model = [], [], network()
+    wb.AdaRound(weight_bits=3, iterations=50).compress(model, X, all_steps.append)
     small = wb.AdaRound(weight_bits=3, iterations=50).compress(model, X, lambda step: steps.append(step) or False)
     nearest = wb.Quantization(weight_bits=3, activation_bits=32).compress(model)
-    assert len(steps) == 5 and 0 < steps[0].loss < 1 and steps[0].steps == 5
+    assert len(all_steps) == 5 and 0 < steps[0].loss < 1 and steps[0].steps == 5
+    assert len(steps) == 1 and steps[0].loss == all_steps[0].loss
     assert torch.equal(small[10].weight, nearest[10].weight)
 
 

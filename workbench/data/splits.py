@@ -79,8 +79,11 @@ class Data:
         return tuple(self.train.images.shape[1:])
 
     def example(self, batch: int = 1) -> Tensor:
-        """Normalized validation images, float32 (batch, C, H, W)."""
-        return self.val.batch(torch.arange(batch) % len(self.val))[0]
+        """Normalized validation images, or training ones where there are none; float32 (batch, C, H, W)."""
+        split = self.val if len(self.val) else self.train
+        if len(split) == 0:
+            raise ValueError(f"The data set {self.name!r} holds no images: there is no example to show.")
+        return split.batch(torch.arange(batch) % len(split))[0]
 
 
 def permutation(n: int, seed: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from html import escape
@@ -17,7 +17,7 @@ from workbench.panel import controls, words
 from workbench.panel.board import Panel
 from workbench.panel.figure import Drawing
 from workbench.panel.measure import Point
-from workbench.records import Record, pareto, read_records, record_names
+from workbench.records import Record, pareto, read_records, record_names, technique_of
 from workbench.technique import Pipeline, StageReport, Technique
 
 OFFERED = (
@@ -33,17 +33,8 @@ def brief(stage: Technique) -> str:
 
 
 def made(record: Record) -> Technique:
-    """Return the technique that a record was measured with; a pipeline's settings are its stages."""
-    stages = record.settings.get("stages")
-    if stages is None:
-        return _named(record.technique, **record.settings)
-    return Pipeline([_named(**stage) for stage in stages])
-
-
-def _named(technique: str, **settings) -> Technique:
-    from workbench import techniques
-
-    return getattr(techniques, technique)(**settings)
+    """Return the technique that a record was measured with."""
+    return technique_of(record.technique, record.settings)
 
 
 class PipelinePanel(Panel):
@@ -197,12 +188,17 @@ class PipelinePanel(Panel):
 
     # --- work ------------------------------------------------------------------------------------------------------
 
+    def _recall(self, technique: Pipeline) -> nn.Module | None:
+        reports = technique.recalled(self.model, self.data)
+        return None if reports is None else self._weighed(technique, reports)
+
     def _compress(self, technique: Pipeline, watch=None) -> nn.Module:
-        reports = []
-        for report in technique.run(self.model, self.data, watch):
-            reports.append((report, ledger(report.model).total_bytes))
-        self._reports[technique] = reports
-        return reports[-1][0].model
+        return self._weighed(technique, technique.run(self.model, self.data, watch))
+
+    def _weighed(self, technique: Pipeline, reports: Iterable[StageReport]) -> nn.Module:
+        """Remember what each stage left, with the bytes of its file, and return the last model."""
+        self._reports[technique] = [(report, ledger(report.model).total_bytes) for report in reports]
+        return self._reports[technique][-1][0].model
 
     def undone(self, point: Point) -> list[str]:
         """Return in sentences what the stages of a point undid of one another."""

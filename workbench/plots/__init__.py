@@ -40,11 +40,13 @@ from workbench.plots.compression import (
     weight_histogram,
     without_training,
 )
+from workbench.plots.profiler_panel import Shown, profiler_figure
 from workbench.plots.profiles import (
     batch_sweep,
     layer_treemap,
     layer_waterfall,
     memory_bars,
+    plotly_script,
     roofline_arrows,
     roofline_plot,
     roofline_points,
@@ -68,6 +70,7 @@ __all__ = [
     "SERIES",
     "SKY",
     "VERMILLION",
+    "Shown",
     "accuracy_range",
     "batch_sweep",
     "bytes_range",
@@ -84,7 +87,9 @@ __all__ = [
     "matrix",
     "memory_bars",
     "panel_figure",
+    "plotly_script",
     "points",
+    "profiler_figure",
     "roofline_arrows",
     "roofline_plot",
     "roofline_points",

@@ -49,11 +49,19 @@ MEASURES = {  # what a layer's tile may stand for: its title, and its words
     "activation_bytes": ("bytes in and out of each layer", size_text),
 }
 OUTSIDE = "outside layers"
+INSIDE = " › "  # between a module and what it holds
 MOST_STEPS = 14  # of a waterfall; the smaller ones are summed
 LEVELS = ("L1", "L2", "L3", "memory")
 DASHES = ("solid", "dash", "dashdot", "dot")
 FASTER, SLOWER, SAME, UNKNOWN = "▲", "▼", "≈", "·"
 BELOW = {"orientation": "h", "yanchor": "top", "y": -0.16, "xanchor": "left", "x": 0}
+
+
+def plotly_script() -> str:
+    """Return plotly.js, for a page that is to draw figures without a network."""
+    from plotly.offline import get_plotlyjs
+
+    return get_plotlyjs()
 
 
 # --- layers --------------------------------------------------------------------------------------------------------
@@ -70,11 +78,11 @@ def layer_treemap(times: LayerTimes, by: str = "ms", title: str = "") -> go.Figu
         tiles.append((OUTSIDE, times.outside_ms, "#d9d9d9", "between the layers"))
     whole = sum(value for _, value, _, _ in tiles)
     nodes = _tree(tiles)
-    names, values = list(nodes), [node[0] for node in nodes.values()]
+    values = [node[0] for node in nodes.values()]
     treemap = go.Treemap(
-        ids=names,
-        labels=[name.rpartition(".")[2] if name != OUTSIDE else name for name in names],
-        parents=["" if "." not in name else name.rpartition(".")[0] for name in names],
+        ids=[INSIDE.join(path) for path in nodes],
+        labels=[path[-1] for path in nodes],
+        parents=[INSIDE.join(path[:-1]) for path in nodes],
         values=values,
         branchvalues="total",
         text=[f"{text(value)}, {value / max(whole, 1e-12):.0%}" for value in values],
@@ -85,7 +93,7 @@ def layer_treemap(times: LayerTimes, by: str = "ms", title: str = "") -> go.Figu
         tiling={"pad": 2, "packing": "squarify"},
         pathbar={"visible": True, "thickness": 18},
     )
-    first = max(tiles, key=lambda tile: tile[1], default=("no layer", 0.0, "", ""))
+    first = max(tiles[: len(times.layers)], key=lambda tile: tile[1], default=("no layer", 0.0, "", ""))
     words = f"{heading.capitalize()}: {len(times.layers)} layers, {text(whole)} in all; the largest is {first[0]} with "
     margin = {"l": 8, "r": 8, "t": 40, "b": 8}
     figure = _calm(go.Figure(treemap), f"{words}{text(first[1])}.", 400, **_title(title or heading), margin=margin)
@@ -96,21 +104,25 @@ def _kind_color(kind: str) -> str:
     return next((color for part, color in KINDS if part in kind), GREY)
 
 
-def _tree(tiles: Iterable[tuple[str, float, str, str]]) -> dict[str, tuple[float, str, str]]:
+def _tree(tiles: Iterable[tuple[str, float, str, str]]) -> dict[tuple[str, ...], tuple[float, str, str]]:
     """Return (value, color, kind) of each tile and of each module around it, whose value is the sum of what it holds.
 
     A layer inside a layer (an activation registered in a convolution) counts for itself.
     """
-    nodes: dict[str, tuple[float, str, str]] = {}
+    nodes: dict[tuple[str, ...], tuple[float, str, str]] = {}
     for name, value, color, kind in tiles:
-        parts = name.split(".")
-        for depth in range(1, len(parts)):
-            module = ".".join(parts[:depth])
-            held, shade, words = nodes.get(module, (0.0, "#f2f2f2", "module"))
-            nodes[module] = (held + value, shade, words)
-        held = nodes[name][0] if name in nodes else 0.0
-        nodes[name] = (held + value, color, kind)
+        path = _path(name)
+        for depth in range(1, len(path)):
+            held, shade, words = nodes.get(path[:depth], (0.0, "#f2f2f2", "module"))
+            nodes[path[:depth]] = (held + value, shade, words)
+        held = nodes[path][0] if path in nodes else 0.0
+        nodes[path] = (held + value, color, kind)
     return nodes
+
+
+def _path(name: str) -> tuple[str, ...]:
+    """Return the modules around a layer and its own name: features.0.conv in torch, /features/0/Conv in ONNX."""
+    return tuple(part for part in name.split("/" if "/" in name else ".") if part) or (name,)
 
 
 def layer_waterfall(before: LayerTimes, after: LayerTimes, title: str = "") -> go.Figure:
@@ -470,19 +482,26 @@ def software_bars(
     best = min(ran, key=lambda row: row.latency.median_ms, default=None)
     quartiles = [_quartiles(row) for row in rows]  # of what did not run: nothing
     values, names = [middle for _, middle, _ in quartiles], [row.name for row in rows]
-    errors = {"array": [high - middle or None for _, middle, high in quartiles], "thickness": 1.2, "width": 3}
-    errors |= {"arrayminus": [middle - low or None for low, middle, _ in quartiles], "color": INK}
-    bars = go.Bar(x=values, y=names, orientation="h", error_x=errors, width=0.6)
+    top = _software_top([row.latency.p75_ms for row in ran])
+    whiskers = [(high - middle, middle - low) if 0 < high <= top else (None, None) for low, middle, high in quartiles]
+    errors = {"array": [up for up, _ in whiskers], "arrayminus": [down for _, down in whiskers]}
+    errors |= {"thickness": 1.2, "width": 3, "color": INK}
+    bars = go.Bar(x=[min(value, top) for value in values], y=names, orientation="h", error_x=errors, width=0.6)
     bars.update(marker_color=[BLUE if row is best else "#b9b9b9" for row in rows], hoverinfo="skip")
     figure = go.Figure(bars)
-    top = max((row.latency.p75_ms for row in ran), default=1.0)
     for row, (_, _, high) in zip(rows, quartiles, strict=True):
         text = _software_text(row, row is best, row is rows[0])
-        figure.add_annotation(x=high, y=row.name, text=text, showarrow=False, xanchor="left", xshift=8, align="left")
+        place = {"x": min(high, top), "y": row.name, "xanchor": "left", "xshift": 8, "align": "left"}
+        figure.add_annotation(text=text + " (bar cut)" * (high > top), showarrow=False, **place)
     figure.update_annotations(font_size=12).update_yaxes(type="category", autorange="reversed", showgrid=False)
     figure.update_xaxes(title="milliseconds, median", range=[0, 1.9 * top])
     words = f"The quickest is {best.name} with {best.latency.median_ms:.3g} ms." if best else "Nothing could run."
     return _calm(figure, words, 120 + 30 * len(rows), **_title(title), showlegend=False)
+
+
+def _software_top(highs: Sequence[float]) -> float:
+    """Return where bars end: at the longest, or at four times the middle one, so that one outlier hides no other."""
+    return min(max(highs), 4 * float(np.median(highs))) if highs else 1.0
 
 
 def _quartiles(row: SoftwareRow) -> tuple[float, float, float]:

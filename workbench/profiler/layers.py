@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-import numpy as np
 from torch import Tensor, nn
 
 from workbench.profiler.timing import latencies
@@ -73,10 +72,9 @@ def layer_times(
     Raises RuntimeFailed if the runtime cannot run the model or does not show its layers.
     """
     prepared = named_runtime(runtime).prepare(model, example, threads)
-    copies = instrumented(prepared)
-    total = latencies([prepared, *copies], calls, BUDGET_S)[0]
-    times_ms = np.median([copy.times_ms() for copy in copies], axis=0)
-    layers = tuple(_layer(*found, total.median_ms) for found in zip(copies[0].parts, times_ms, strict=True))
+    copy = instrumented(prepared)
+    total, _ = latencies([prepared, copy], calls, BUDGET_S)
+    layers = tuple(_layer(*found, total.median_ms) for found in zip(copy.parts, copy.times_ms(), strict=True))
     outside = total.median_ms - sum(layer.ms for layer in layers)
     return LayerTimes(
         layers,

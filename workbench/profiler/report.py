@@ -24,7 +24,8 @@ class Measures:
     """What does not depend on a runtime. `hits`, bool (N,): which images are classified right, None without data.
 
     `size_bytes` is the length of the saved file, `fp32_bytes` four bytes a number. `macs` are counted for one image.
-    `peak_activation_bytes` is the allocator's peak during one eager forward of the batch, without weights and input.
+    `peak_activation_bytes` is the allocator's peak during one eager forward of the batch, without weights and input;
+    None for a model in a file of another program, which torch does not run.
     """
 
     size_bytes: int
@@ -32,7 +33,7 @@ class Measures:
     parameters: int
     macs: int
     sparsity: float
-    peak_activation_bytes: int
+    peak_activation_bytes: int | None
     layers: tuple[LayerCost, ...]
     hits: Tensor | None = None
     finite: bool = True
@@ -59,7 +60,7 @@ class Run:
     device: str
     note: str
     kernels: tuple[Kernel, ...]
-    difference: float
+    difference: float | None
     latency: Latency
     throughput: Latency
     baseline: Latency | None = None

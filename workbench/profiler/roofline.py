@@ -7,6 +7,7 @@ moves is bound by bandwidth, one that does many by the processor's peak.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from workbench.runtimes import threads as using_threads
 
 SIZES = (256, 512, 1024)  # of the square matrices whose products show the peaks
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-READ_BYTES = 2**26  # by each measurement of a cache, again and again from the same few kilobytes
+WINDOW_BYTES = 2**25  # read by each timed call: of a cache the same few kilobytes again and again
 MEMORY_BYTES = 2**27  # at least: a buffer that no cache holds
 MOST_BYTES = 2**29
 TRIES_S = 0.08
@@ -117,10 +118,12 @@ def _product(size: int, dtype: torch.dtype) -> Callable | None:
 
 
 def _reading(nbytes: int, threads: int) -> float:
-    """Return 10⁹ bytes a second of a sum that reads the same `nbytes` again and again."""
-    row = torch.ones(nbytes // 4)
-    rows = row.expand(max(1, READ_BYTES // nbytes), -1)
-    return 4 * rows.numel() / _quickest_s(lambda: rows.sum(1), threads) / 1e9
+    """Return 10⁹ bytes a second of sums that read the same `nbytes` again and again, a window at a time."""
+    window = min(nbytes, WINDOW_BYTES) // 4
+    windows = torch.ones(nbytes // 4 // window * window).split(window)
+    rows = windows[0].expand(max(1, WINDOW_BYTES // nbytes), -1)
+    turns = itertools.cycle([rows] if len(windows) == 1 else [window[None] for window in windows])
+    return 4 * rows.numel() / _quickest_s(lambda: next(turns).sum(1), threads) / 1e9
 
 
 def _quickest_s(run: Callable, threads: int) -> float:
@@ -139,7 +142,7 @@ def _inside(holds: dict[str, int]) -> list[tuple[str, int]]:
     """Return (level, bytes) that lie in this cache and in no nearer one: half of it, and twice the nearer one."""
     found, nearer = [], 0
     for level, held in sorted(holds.items(), key=lambda item: item[1]):
-        found += [(level, nbytes) for nbytes in {held // 2, 2 * nearer} if nearer < nbytes < held]
+        found += [(level, nbytes) for nbytes in (held // 2, 2 * nearer) if nearer < nbytes < held]
         nearer = held
     return found
 
@@ -159,17 +162,25 @@ def cache_sizes(folder: str = "/sys/devices/system/cpu/cpu0/cache") -> dict[str,
 
 def roofline(threads: int = 1) -> Roofline:
     """Return the roofs of this machine: measured once, then remembered in the user's cache folder."""
+    *_, found = growing_roofline(threads)
+    return found
+
+
+def growing_roofline(threads: int = 1) -> Iterator[Roofline]:
+    """Yield the remembered roofs of this machine at once, or what is known of them after each measurement."""
     path = _remembered_at(threads)
     try:
-        return Roofline(**json.loads(path.read_text(encoding="utf-8")))
+        yield Roofline(**json.loads(path.read_text(encoding="utf-8")))
+        return
     except (OSError, ValueError, TypeError):  # not measured yet, or by an older version
-        *_, found = measure_roofline(threads)
+        pass
+    for found in measure_roofline(threads):
+        yield found
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found.to_dict()), encoding="utf-8")
     except OSError:
         pass  # a folder that cannot be written only means measuring again
-    return found
 
 
 def _remembered_at(threads: int) -> Path:

@@ -16,12 +16,17 @@ def times(value: float) -> str:
 
 
 def size(count: float) -> str:
-    """Write a number of bytes with three digits: 412 kB, 2.18 MB."""
-    for unit, factor in (("MB", 1e6), ("kB", 1e3)):
+    """Write a number of bytes with three digits: 412 kB, 2.18 MB, 13.0 GB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
             value = count / factor
             return f"{value:.{max(0, 2 - int(math.log10(value)))}f} {unit}"
     return f"{count:.0f} bytes"
+
+
+def duration(ms: float) -> str:
+    """Write a time with three digits: 2.36 ms, 14.6 µs."""
+    return f"{ms:.3g} ms" if ms >= 0.1 else f"{1000 * ms:.3g} µs"
 
 
 def listed(names: list[str]) -> str:

@@ -6,7 +6,7 @@ really compute in: a model that was quantized to 8 bits is not thereby an 8-bit 
 
 import torch
 
-from workbench.runtimes.base import MEASURING, Kernel, Prepared, Runtime, RuntimeFailed, threads
+from workbench.runtimes.base import MEASURING, Kernel, Prepared, Runtime, RuntimeFailed, steady_outputs, threads
 from workbench.runtimes.cuda import Cuda
 from workbench.runtimes.eager import Eager, bake, is_fake_quantized
 from workbench.runtimes.files import ModelFile, is_model_file, read_model_file
@@ -50,5 +50,6 @@ __all__ = [
     "is_model_file",
     "read_model_file",
     "runtime",
+    "steady_outputs",
     "threads",
 ]

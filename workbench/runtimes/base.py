@@ -120,7 +120,7 @@ class Runtime:
                 if not isinstance(model, nn.Module):
                     return self._prepare_file(model, example, threads)
                 model = clone(model)  # in eval mode: a model in training would update its statistics and drop values
-                expected = _steady_outputs(model, example)
+                expected = steady_outputs(model, example)
                 prepared = self._prepare(model, example, threads)
                 prepared.compare(expected)
                 return prepared
@@ -152,8 +152,11 @@ def outputs(model: nn.Module, example: Tensor) -> Tensor:
     return result
 
 
-def _steady_outputs(model: nn.Module, example: Tensor) -> Tensor:
-    """Run the model twice in eager, so that a mistake in the model is not taken for one of the runtime."""
+def steady_outputs(model: nn.Module, example: Tensor) -> Tensor:
+    """Run the model twice in eager, so that a mistake in the model is not taken for one of the runtime.
+
+    Raises RuntimeFailed if the model raises, returns no tensor, or gives outputs of changing shape.
+    """
     first, second = outputs(model, example), outputs(model, example)
     if first.shape != second.shape:
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"

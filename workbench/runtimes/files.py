@@ -119,10 +119,12 @@ def random_batch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def graph_of(file: ModelFile, example: Tensor) -> Any:
     """Return the openvino.Model of a file for inputs of the shape of `example`; raises RuntimeFailed if it has none."""
+    if file.fixed_batch and len(example) != file.fixed_batch:  # OpenVINO would make another model for another batch
+        raise RuntimeFailed(f"{file.path.name} takes batches of {file.fixed_batch} only, not of {len(example)}.")
     graph = _read(file.path)
     try:
         graph.reshape(list(example.shape))
-    except RuntimeError as error:
+    except Exception as error:
         shapes = f"{tuple(example.shape)}; it was written for {shape_text(file.shape)}"
         raise RuntimeFailed(f"{file.path.name} does not work for inputs of shape {shapes} ({cause(error)}).") from error
     return graph
@@ -134,13 +136,13 @@ def shape_text(shape: tuple[int, ...]) -> str:
 
 
 def _read(path: Path) -> Any:
-    """Return the openvino.Model of a file, by the reader of its own format: Core.read_model asks those of others too."""
+    """Return the openvino.Model of a file, by the reader of its format; Core.read_model would ask every other too."""
     from openvino.frontend import FrontEndManager
 
     reader = FrontEndManager().load_by_framework(READERS[path.suffix.lower()])
     try:
         model = reader.convert(reader.load(str(path)))
-    except RuntimeError as error:
+    except Exception as error:  # of classes that OpenVINO does not name in public
         raise _unreadable(path, str(error).strip().splitlines()[-1].rstrip(".!")) from error
     if not model.outputs:
         raise _unreadable(path, "there is no model in it")

@@ -6,6 +6,7 @@ torch times each layer around its own `forward` with the processor's clock or th
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 from workbench.runtimes.base import Prepared, RuntimeFailed
 from workbench.runtimes.cuda import PreparedCuda
 from workbench.runtimes.eager import DTYPES, PreparedEager
+from workbench.runtimes.files import ModelFile
 from workbench.runtimes.openvino import PreparedOpenVINO, executed
-from workbench.surgery import clone, model_class
+from workbench.surgery import clone, model_class, weighted_layers
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
-COUNTERS = 3  # copies that OpenVINO counts in: it gives only averages, and the median of three outlives a disturbance
+COUNTERS = 5  # copies that OpenVINO counts in: it gives only averages, and those of the least disturbed copy are taken
 COLD_CALLS = 5  # the first calls of a compiled model set up its scratch space, and the counters cannot be cleared
+IN_A_ROW = 20  # calls of one copy before the next
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,12 @@ class Instrumented(Prepared):
         raise NotImplementedError
 
 
-def instrumented(prepared: Prepared) -> list[Instrumented]:
-    """Return copies of `prepared` whose times can be averaged; raises RuntimeFailed if its runtime shows no layers."""
+def instrumented(prepared: Prepared) -> Instrumented:
+    """Return a copy of `prepared` that times its layers; raises RuntimeFailed if its runtime does not show them."""
     if isinstance(prepared, PreparedEager):
-        return [InstrumentedTorch(prepared)]
+        return InstrumentedTorch(prepared)
     if isinstance(prepared, PreparedOpenVINO):
-        return [InstrumentedOpenVINO(prepared, request) for request in prepared.counting(COUNTERS)]
+        return InstrumentedOpenVINO(prepared)
     raise RuntimeFailed(f"{prepared.runtime} does not show its layers; choose eager, openvino or cuda.")
 
 
@@ -69,32 +72,13 @@ class InstrumentedTorch(Instrumented):
     def __init__(self, prepared: PreparedEager):
         super().__init__(prepared)
         self._original, self.model = prepared, clone(prepared.model)
-        layers = {name: layer for layer, name in {layer: name for name, layer in layers_inside(self.model)}.items()}
-        self.parts = tuple(self._parts(layers))
+        layers = dict(layers_inside(self.model))
+        self.parts = tuple(parts_of(self.model, self.example))
         self._marks: list[tuple[int, object, object]] = []
         self._rows: list[np.ndarray] = []
         self._event = isinstance(prepared, PreparedCuda)
         for index, part in enumerate(self.parts):
             self._wrap(index, layers[part.name])
-
-    def _parts(self, layers: dict[str, nn.Module]) -> Iterator[Part]:
-        """Run the model once and yield the layers that are called, in the order of their first call."""
-        seen: dict[str, list[tuple[int, int]]] = {}
-
-        def note(name: str, layer: nn.Module):
-            def hook(_layer, args, output):
-                seen.setdefault(name, []).append((_macs(layer, output), _nbytes(args) + _nbytes(output)))
-
-            return layer.register_forward_hook(hook)
-
-        hooks = [note(name, layer) for name, layer in layers.items()]
-        with torch.inference_mode():
-            self.model(self.example)
-        for hook in hooks:
-            hook.remove()
-        for name, calls in seen.items():
-            macs, activations = (sum(column) for column in zip(*calls, strict=True))
-            yield _torch_part(name, layers[name], macs, activations, self.precision)
 
     def _wrap(self, index: int, layer: nn.Module) -> None:
         forward, marks, now = layer.forward, self._marks, self._now
@@ -131,18 +115,41 @@ class InstrumentedTorch(Instrumented):
         return np.median(self._rows, axis=0)
 
 
-def layers_inside(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def layers_inside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (name, layer) of the modules that compute: those without children, and torch's own that are no containers.
 
     What hangs on such a layer, like a quantizer of its inputs, runs beside its `forward` and is a layer of its own.
     """
-    own = type(model).__module__.startswith("torch.nn.modules") and not isinstance(model, CONTAINERS)
-    children = list(model.named_children())
-    if own or not children:
-        yield prefix, model
-    for name, child in children:
-        if not own or not type(child).__module__.startswith("torch.nn."):
-            yield from layers_inside(child, f"{prefix}.{name}" if prefix else name)
+    inner: list[str] = []  # names of layers whose parts are not looked into
+    for name, module in model.named_modules():
+        foreign = not type(module).__module__.startswith("torch.nn.")
+        if any(name.startswith(outer) for outer in inner) and not foreign:
+            continue
+        if not foreign and not isinstance(module, CONTAINERS):
+            inner.append(f"{name}.")
+        elif next(module.children(), None) is not None:
+            continue
+        yield name, module
+
+
+def parts_of(model: nn.Module, example: Tensor) -> list[Part]:
+    """Run a model of plain layers once and return those that are called, in the order of their first call."""
+    calls: dict[str, list[tuple[int, int]]] = {}
+    layers = dict(layers_inside(model))
+
+    def note(name: str, layer: nn.Module):
+        def hook(_layer, args, output):
+            calls.setdefault(name, []).append((_macs(layer, output), _nbytes(args) + _nbytes(output)))
+
+        return layer.register_forward_hook(hook)
+
+    hooks = [note(name, layer) for name, layer in layers.items()]
+    with torch.inference_mode():
+        model(example)
+    for hook in hooks:
+        hook.remove()
+    sums = {name: [sum(column) for column in zip(*found, strict=True)] for name, found in calls.items()}
+    return [_torch_part(name, layers[name], *counted) for name, counted in sums.items()]
 
 
 def _macs(layer: nn.Module, output) -> int:
@@ -157,10 +164,10 @@ def _nbytes(values) -> int:
     return sum(map(_nbytes, values)) if isinstance(values, list | tuple) else 0
 
 
-def _torch_part(name: str, layer: nn.Module, macs: int, activations: int, precision: str) -> Part:
-    held = list(layer.parameters(recurse=False))
+def _torch_part(name: str, layer: nn.Module, macs: int, activations: int) -> Part:
+    held = list(layer.parameters())
     weights = sum(p.nbytes for p in held)
-    computes = DTYPES.get(held[0].dtype, precision) if held else precision
+    computes = DTYPES.get(held[0].dtype, str(held[0].dtype)) if held else "fp32"
     return Part(name, type(layer).__name__, macs, weights, activations, computes, type(layer).__name__)
 
 
@@ -168,48 +175,65 @@ def _torch_part(name: str, layer: nn.Module, macs: int, activations: int, precis
 
 
 class InstrumentedOpenVINO(Instrumented):
-    """The same model compiled once more, with counters: averages over all calls so far, in whole microseconds.
+    """The same model compiled several times, with counters; the copies take turns."""
 
-    A call that the machine disturbs lifts the averages, and it may hit any layer. So they are brought down by as much
-    as the typical call is quicker than the average one.
-    """
-
-    def __init__(self, prepared: PreparedOpenVINO, request):
+    def __init__(self, prepared: PreparedOpenVINO):
         super().__init__(prepared)
-        self._request, self._walls = request, []
-        for _ in range(COLD_CALLS):
-            self.run()
-        rows = list(_openvino_parts(prepared, request))
-        self.parts, self._names = tuple(part for part, _ in rows), [name for _, name in rows]
-        self._cold = self._averages_us()
+        requests = prepared.counting(COUNTERS)
+        parts = _openvino_parts(prepared, requests[0])
+        self.parts, self._calls = tuple(parts.values()), 0
+        self._copies = [_Counted(request, list(parts)) for request in requests]
 
     def run(self) -> None:
-        start = time.perf_counter_ns()
-        self._request.infer()
-        self._walls.append(time.perf_counter_ns() - start)
-
-    def _averages_us(self) -> np.ndarray:
-        found = {info.node_name: info.real_time.total_seconds() for info in self._request.get_profiling_info()}
-        return np.array([1e6 * found[name] for name in self._names])
+        self._copies[self._calls // IN_A_ROW % COUNTERS].run()
+        self._calls += 1
 
     def times_ms(self) -> np.ndarray:
-        walls = self._walls[COLD_CALLS:]
-        sums_us = self._averages_us() * len(self._walls) - self._cold * COLD_CALLS
-        typical = float(np.median(walls) / np.mean(walls))
-        return np.maximum(sums_us, 0) / len(walls) / 1000 * typical
+        used = [copy.times_ms() for copy in self._copies if copy.calls > COLD_CALLS]
+        return min(used, key=np.sum)
 
 
-def _openvino_parts(prepared: PreparedOpenVINO, request) -> Iterator[tuple[Part, str]]:
-    """Yield each operation that runs, and the name that its counter goes by, in the order they run."""
+class _Counted:
+    """One compiled copy; its counters are averages over all calls, in whole microseconds, and cannot be cleared."""
+
+    def __init__(self, request, names: list[str]):
+        self.request, self.names, self.calls = request, names, 0
+        for _ in range(COLD_CALLS):
+            self.run()
+        self.cold_us = self._averages_us()
+
+    def run(self) -> None:
+        self.request.infer()
+        self.calls += 1
+
+    def times_ms(self) -> np.ndarray:
+        """Return the averages over the calls that were not cold."""
+        sums_us = self._averages_us() * self.calls - self.cold_us * COLD_CALLS
+        return np.maximum(sums_us, 0) / (self.calls - COLD_CALLS) / 1000
+
+    def _averages_us(self) -> np.ndarray:
+        found = {info.node_name: info.real_time.total_seconds() for info in self.request.get_profiling_info()}
+        return np.array([1e6 * found[name] for name in self.names])
+
+
+def _openvino_parts(prepared: PreparedOpenVINO, request) -> dict[str, Part]:
+    """Return the operations that run, by the names that their counters go by, in the order they run."""
+    request.infer()  # the first call is slow, so that even the quickest operation is seen to run
     ran = {info.node_name for info in request.get_profiling_info() if info.status.name == "EXECUTED"}
-    modules, kernels = dict(prepared.model.named_modules()), prepared.multiplying(request)
-    for name, kind, precision, implementation, weights, activations, outputs in executed(
-        request.get_compiled_model(), ran
-    ):
-        module = modules.get(kernels[name].layer) if name in kernels else None
-        if module is None:
-            yield Part(name, kind, 0, weights, activations, precision, implementation), name
+    kernels, layers, parts = prepared.multiplying(request), _layers_of(prepared), {}
+    for name, operation, outputs in executed(request.get_compiled_model(), ran | set(kernels)):
+        layer = layers.get(kernels[name].layer) if name in kernels else None
+        if layer is None:
+            parts[name] = Part(name, operation.pop("kind"), 0, **operation)
         else:
-            macs = module.weight[0].numel() * outputs
-            kind = model_class(module).__name__
-            yield Part(kernels[name].layer, kind, macs, weights, activations, precision, implementation), name
+            operation["kind"], each = layer
+            parts[name] = Part(kernels[name].layer, macs=each * outputs, **operation)
+    return parts
+
+
+def _layers_of(prepared: PreparedOpenVINO) -> dict[str, tuple[str, int]]:
+    """Return (kind, multiply-adds for each output value) of the layers that multiply, by name."""
+    if isinstance(prepared.model, ModelFile):
+        counted = prepared.model.layers(prepared.example)
+        return {layer.name: (layer.kind, layer.macs // math.prod(layer.output_shape)) for layer in counted}
+    return {name: (model_class(x).__name__, x.weight[0].numel()) for name, x in weighted_layers(prepared.model)}

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from workbench.runtimes.base import Kernel, Prepared, Runtime, precisions
+from workbench.runtimes.base import Kernel, Prepared, Runtime, precisions, quiet
 from workbench.runtimes.eager import is_fake_quantized
 from workbench.runtimes.files import ModelFile, graph_of
 from workbench.surgery import clone, weighted_layers
@@ -57,7 +57,8 @@ class PreparedOpenVINO(Prepared):
         """Return requests of the same model, filled with the example, that count the time of each operation."""
         import openvino
 
-        made = converted(self.model, self.example)
+        with quiet():
+            made = converted(self.model, self.example)
         how, numbers = (self.threads, self._floats), self.example.detach().to(self._dtype).contiguous().numpy()
         requests = [compiled(made, *how, counters=True).create_infer_request() for _ in range(copies)]
         for request in requests:
@@ -124,7 +125,7 @@ def converted(model: nn.Module | ModelFile, example: Tensor, any_batch: bool = F
     import openvino
 
     if isinstance(model, ModelFile):
-        return graph_of(model, example)
+        return _named_once(graph_of(model, example))
     with torch.no_grad():
         traced = torch.jit.trace(lambda batch: model(batch), example, check_trace=False)
     shape = [-1 if any_batch else len(example), *example.shape[1:]]
@@ -133,6 +134,14 @@ def converted(model: nn.Module | ModelFile, example: Tensor, any_batch: bool = F
     except Exception as error:
         logging.getLogger(__name__).info("Direct conversion failed (%s); using openvino.convert_model.", error)
         return openvino.convert_model(traced, example_input=example, input=[shape])
+
+
+def _named_once(graph):
+    """Return the graph after the fusions that the compiler makes first: else each compilation names what it fused anew."""
+    from openvino._offline_transformations import apply_moc_transformations
+
+    apply_moc_transformations(graph, cf=False)
+    return graph
 
 
 def _convert_directly(traced, example: Tensor, shape: list[int]):
@@ -167,11 +176,11 @@ def compiled(converted, threads: int, floats: str = "f32", counters: bool = Fals
 def _calls(model: nn.Module | ModelFile, example: Tensor) -> list[tuple[str, int]]:
     """Return (layer, number of output values) of each call of a linear or convolution layer on one image, in order.
 
-    A file's layers have no other names than their own.
+    A file's layers are those that it names.
     """
-    calls, hooks = [], []
     if isinstance(model, ModelFile):
-        return calls
+        return [(layer.name, math.prod(layer.output_shape)) for layer in model.layers(example)]
+    calls, hooks = [], []
     for name, layer in weighted_layers(model):
         hook = lambda _layer, _args, output, name=name: calls.append((name, output.numel()))
         hooks.append(layer.register_forward_hook(hook))
@@ -198,14 +207,19 @@ def _multiplying(compiled, calls: list[tuple[str, int]], batch: int) -> Iterator
         yield node, Kernel(name, _precision(node), _implementation(node))
 
 
-def executed(compiled, names: set[str]) -> Iterator[tuple]:
-    """Yield (name, type, precision, implementation, weight bytes, activation bytes, outputs) of operations that run."""
+def executed(compiled, names: set[str]) -> Iterator[tuple[str, dict, int]]:
+    """Yield (name, what is known of it, number of output values) of those operations of a compiled model."""
     for node in compiled.get_runtime_model().get_ordered_ops():
-        name = node.get_friendly_name()
-        if name in names:
+        if node.get_friendly_name() in names:
             weights, activations = _moved(node)
-            kind, size = _info(node, "layerType"), math.prod(node.get_output_shape(0))
-            yield name, kind, _precision(node), _implementation(node), weights, activations, size
+            operation = {
+                "kind": _info(node, "layerType"),
+                "weight_bytes": weights,
+                "activation_bytes": activations,
+                "precision": _precision(node),
+                "implementation": _implementation(node),
+            }
+            yield node.get_friendly_name(), operation, math.prod(node.get_output_shape(0))
 
 
 def _moved(node) -> tuple[int, int]:

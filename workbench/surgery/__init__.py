@@ -1,7 +1,16 @@
 """Operations on the structure of a model: copy it, replace its layers, follow its channels."""
 
 from workbench.surgery.channels import ChannelTrace, TracingError, channel_groups, cut_channels, trace_channels
-from workbench.surgery.layers import Parallel, clone, layer_at, model_class, remembered, replace_layer, weighted_layers
+from workbench.surgery.layers import (
+    Parallel,
+    clone,
+    layer_at,
+    layers_to_compress,
+    model_class,
+    remembered,
+    replace_layer,
+    weighted_layers,
+)
 
 __all__ = [
     "ChannelTrace",
@@ -11,6 +20,7 @@ __all__ = [
     "clone",
     "cut_channels",
     "layer_at",
+    "layers_to_compress",
     "model_class",
     "remembered",
     "replace_layer",

@@ -37,6 +37,15 @@ def weighted_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds)]
 
 
+def layers_to_compress(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Do as `weighted_layers` does; raises ValueError where there is no such layer."""
+    layers = weighted_layers(model)
+    if not layers:
+        kind = type(model).__name__
+        raise ValueError(f"There is no linear or convolution layer in {kind}: there is nothing to compress.")
+    return layers
+
+
 def layer_at(model: nn.Module, name: str) -> nn.Module:
     """Return the layer called `name`, as in `named_modules`."""
     return model.get_submodule(name)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.data import Split
 from workbench.surgery import remembered
 
 CALIBRATION_IMAGES = 128  # 512 gain less than a point more and cost four times the wait
@@ -83,14 +84,27 @@ def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
     return model.eval()
 
 
-def calibration_batches(model: nn.Module, data: Any) -> list[Tensor]:
-    """Return 128 training images in two batches of the model's type and device; none without a `Data`."""
+def training_images(data: Any) -> Split:
+    """Return the training images of a data set; raises TypeError where it is none, ValueError where it has none."""
     if not hasattr(data, "train"):
+        kind = type(data).__name__
+        raise TypeError(f"Data is a {kind} here, not a data set: pass what load_data returns, or a batch of images.")
+    if len(data.train) == 0:
+        raise ValueError(f"The data set {data.name!r} has no training images: pass one that has some.")
+    return data.train
+
+
+def calibration_batches(model: nn.Module, data: Any) -> list[Tensor]:
+    """Return 128 training images in two batches of the model's type and device; none for a batch, or without data.
+
+    Raises ValueError or TypeError as `training_images` does.
+    """
+    if data is None or isinstance(data, (Tensor, tuple, list)):
         return []
 
     def draw():
-        sample = data.train.take(CALIBRATION_IMAGES, seed=0)
-        first = next(model.parameters())
+        sample = training_images(data).take(CALIBRATION_IMAGES, seed=0)
+        first = next(model.parameters(), torch.empty(0))
         batches = [images.to(first.device, first.dtype) for images, _ in sample.batches(BATCH) if len(images) > 1]
         return data, batches  # holding the data keeps its id from being given to another
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from workbench.surgery import clone, model_class, remembered, weighted_layers
+from workbench.surgery import clone, layers_to_compress, model_class, remembered, weighted_layers
 from workbench.techniques.moments import second_moments
 from workbench.techniques.repair import calibration_batches
 from workbench.weights import finite_weight
@@ -85,6 +85,7 @@ def fitted(
     with the objective "weights", without a `Data`, and for layers that `second_moments` leaves out. Raises ValueError
     for a weight with NaN.
     """
+    layers_to_compress(model)
     batches = calibration_batches(model, data) if objective == "outputs" else []
 
     def compute():

@@ -185,7 +185,7 @@ class EntropyAwareTraining(Technique):
 
     def _train(self, model: nn.Module, coded: list[_Coded], data: Data, watch) -> None:
         """Train in place, and keep the last weights: the most accurate ones are the first, which are the largest."""
-        size = CodedSize(coded, self.strength * log(2) / len(data.train))
+        size = CodedSize(coded, self.strength * log(2) / max(len(data.train), 1))
         steps = fit(
             model,
             data,

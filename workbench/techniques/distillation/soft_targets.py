@@ -97,8 +97,6 @@ class Distillation(Technique):
 
     def recall(self, model):
         """Return the shipped student of exactly this teacher with exactly these settings, or None."""
-        if self.is_neutral:
-            return clone(model)
         return self._shipped_student(model) or super().recall(model)
 
     def _shipped_student(self, model: nn.Module) -> nn.Module | None:

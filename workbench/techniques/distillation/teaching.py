@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from workbench.surgery import clone, weighted_layers
 from workbench.techniques.repair import finetune
 from workbench.training import evaluating
+from workbench.weights import finite_weight
 
 LEARNING_RATE = 4e-3
 EXAMPLES = 2  # images to see shapes with
@@ -21,6 +22,8 @@ def teach(student: nn.Module, model: nn.Module, data, technique, watch=None) -> 
     name = type(technique).__name__
     if not hasattr(data, "train"):
         raise ValueError(f"{name} trains a student: pass a data set from load_data.")
+    for layer, weighted in weighted_layers(model):
+        finite_weight(layer, weighted.weight.detach())
     teacher, example = clone(model).float(), data.example(EXAMPLES)
     ours, theirs = _answer(student, example, name, "student"), _answer(teacher, example, name, "teacher")
     if ours != theirs:

@@ -82,7 +82,3 @@ class GradualPruning(Scoped, Technique):
         finetune(small, data, self.epochs, watch, seed=self.seed, each_step=each_step)
         prune_smallest(tied, self.sparsity, self.scope)  # changes nothing unless training was stopped
         return small
-
-    def recall(self, model):
-        """Return a copy where nothing is to be trained, else None."""
-        return clone(model) if self.is_neutral else None

@@ -138,7 +138,3 @@ class MovementPruning(Scoped, Technique):
             for _, layer in layers:
                 _settle(layer)
         return small
-
-    def recall(self, model):
-        """Return a copy where nothing is to be trained, else None."""
-        return clone(model) if self.is_neutral else None

@@ -64,5 +64,5 @@ class WeightDecayPruning(Scoped, Technique):
         return trainings.finetune(small, data, self.finetune, seed=self.seed + self.epochs)
 
     def recall(self, model):
-        """Return a copy where nothing is to be trained, else None."""
-        return clone(model) if self.sparsity == 0 else None
+        """Return a copy where nothing is to be trained, else the shipped result or None."""
+        return clone(model) if self.sparsity == 0 else super().recall(model)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from workbench.surgery import clone
+from workbench.surgery import clone, layers_to_compress
 from workbench.technique import Technique, setting
 from workbench.techniques.quantization.structure import stored_weight, tied_layers
 from workbench.weights import finite_weight, parametrize_weight
@@ -38,6 +38,7 @@ class Casting(Technique):
 
     def compress(self, model, data=None, watch=None):
         """Return a copy with shortened weights; raises ValueError where one is not finite or does not fit."""
+        layers_to_compress(model)
         small = clone(model)
         for name in largest_layers(small, self.part):
             layer = small.get_submodule(name)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from workbench.surgery import clone, remembered
+from workbench.surgery import clone, layers_to_compress, remembered
 from workbench.technique import Technique, setting
 from workbench.techniques.moments import second_moments
 from workbench.techniques.quantization.post_training import Quantization
@@ -46,6 +46,7 @@ def layer_moments(model: nn.Module, data: Any, who: str) -> Moments:
     Layers that share a weight share the mean of theirs. Raises ValueError naming the technique `who` if there are no
     images.
     """
+    layers_to_compress(model)
     batches = [data] if isinstance(data, Tensor) else calibration_batches(model, data)
     if not batches:
         raise ValueError(f"{who} looks at the inputs of layers: pass data from load_data, or a batch of images.")
@@ -112,7 +113,7 @@ class LayerwiseRounding(Technique):
                 continue
             error = relative_error(model.get_submodule(names[0]), small.get_submodule(names[0]), moments.get(names[0]))
             if watch(Step(number, len(groups), 0, error, None, time.perf_counter() - started)) is False:
-                moments = Moments({})  # the layers that are left are rounded to nearest
+                moments, watch = Moments({}), None  # the layers that are left are rounded to nearest
         return small
 
     def quantizer(self, model: nn.Module, name: str) -> FakeQuantize:

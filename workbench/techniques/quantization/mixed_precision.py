@@ -35,6 +35,7 @@ from workbench.surgery import clone, remembered
 from workbench.technique import Technique, setting
 from workbench.techniques.quantization.post_training import Quantization
 from workbench.techniques.quantization.structure import tied_layers
+from workbench.techniques.repair import training_images
 from workbench.weights import parametrize_weight
 
 BITS = tuple(range(2, 9))
@@ -159,6 +160,6 @@ def _images(data: Any) -> tuple[Tensor, Tensor | None]:
     """Return calibration images, and their labels where they are known."""
     if isinstance(data, Tensor):
         return data, None
-    if not hasattr(data, "train"):
+    if data is None:
         raise ValueError("MixedPrecision measures errors on images: pass data from load_data, or a batch of images.")
-    return data.train.take(IMAGES, seed=0).batch(slice(None))
+    return training_images(data).take(IMAGES, seed=0).batch(slice(None))

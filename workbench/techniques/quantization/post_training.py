@@ -33,7 +33,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from workbench.surgery import clone, remembered, weighted_layers
+from workbench.surgery import clone, layers_to_compress, remembered, weighted_layers
 from workbench.technique import Technique, setting
 from workbench.techniques.quantization.bias_correction import correct_bias, mean_inputs
 from workbench.techniques.quantization.calibration import (
@@ -45,6 +45,7 @@ from workbench.techniques.quantization.calibration import (
 )
 from workbench.techniques.quantization.equalization import equalize_layers
 from workbench.techniques.quantization.structure import fold_norms
+from workbench.techniques.repair import training_images
 from workbench.weights import (
     Codebook,
     FakeQuantize,
@@ -131,6 +132,8 @@ class Quantization(Technique):
         needed where activations are quantized or biases corrected. Raises ValueError without it, or where a weight is
         not finite, and TracingError where BatchNorm is to be folded in a model that cannot be followed.
         """
+        if not self.is_neutral:
+            layers_to_compress(model)
         model = self._prepared(model)
         small = clone(model)
         if self.activation_bits == 8:
@@ -167,11 +170,10 @@ class Quantization(Technique):
         if isinstance(data, Tensor):
             ranges = self._input_ranges(input_samples(clone(model), data))
         else:
-            key = (data.name, len(data.train))
-            samples = remembered(
-                model, ("input samples", key), lambda: input_samples(clone(model), _images(model, data))
-            )
-            ranges = remembered(model, ("input ranges", key, self.calibration), lambda: self._input_ranges(samples))
+            look = lambda: (input_samples(clone(model), _images(model, data)), data)  # held, the data keeps its id
+            samples, _ = remembered(model, ("input samples", id(data)), look)
+            key = ("input ranges", id(data), self.calibration)
+            ranges = remembered(model, key, lambda: self._input_ranges(samples))
         codes = {name: scale_and_zero(*low_high, 0, 255, symmetric=False) for name, low_high in ranges.items()}
         return {name: InputQuantizer(*code) for name, code in codes.items()}
 
@@ -187,13 +189,13 @@ class Quantization(Technique):
         if isinstance(data, Tensor):
             means = mean_inputs(clone(model), data)
         else:
-            key = ("mean inputs", data.name, len(data.train))
-            means = remembered(model, key, lambda: mean_inputs(clone(model), _images(model, data)))
+            look = lambda: (mean_inputs(clone(model), _images(model, data)), data)
+            means, _ = remembered(model, ("mean inputs", id(data)), look)
         for name, seen in means.items():
             correct_bias(small.get_submodule(name), model.get_submodule(name).weight.detach(), seen)
 
 
 def _images(model: nn.Module, data) -> Tensor:
     """Return the training images that calibration looks at, (N, C, H, W), always the same, in the type of `model`."""
-    images, _ = data.train.take(CALIBRATION_IMAGES, seed=0).batch(slice(None))
+    images, _ = training_images(data).take(CALIBRATION_IMAGES, seed=0).batch(slice(None))
     return images.to(next(model.parameters(), images))

@@ -31,6 +31,7 @@ from torch.nn.utils import parametrize
 from workbench.surgery import clone, weighted_layers
 from workbench.technique import Technique, setting
 from workbench.techniques.quantization.post_training import Quantization
+from workbench.techniques.quantization.structure import tied_layers
 from workbench.techniques.repair import LEARNING_RATE
 from workbench.weights import FakeQuantize, InputQuantizer, attach_input_quantizer, weight_parametrizations
 
@@ -73,11 +74,17 @@ def learn_scale(quantizer: nn.Module) -> None:
 
 
 def make_trainable(model: nn.Module, learn_inputs: bool) -> nn.Module:
-    """Let the scales of the outermost weight quantizers, and of inputs if wanted, be learned, in place."""
-    for _, layer in weighted_layers(model):
-        stack = weight_parametrizations(layer)
+    """Let the scales of the outermost weight quantizers, and of inputs if wanted, be learned, in place.
+
+    Layers that share a weight share its scale.
+    """
+    for first, *others in tied_layers(model):
+        stack = weight_parametrizations(model.get_submodule(first))
         if stack and isinstance(stack[-1], FakeQuantize):
             learn_scale(stack[-1])
+            for name in others:
+                model.get_submodule(name).parametrizations.weight[len(stack) - 1] = stack[-1]
+    for _, layer in weighted_layers(model):
         if hasattr(layer, "input_quantizer"):
             layer.input_quantizer = LearnedInput(layer.input_quantizer.scale, layer.input_quantizer.zero_point)
             if learn_inputs:
