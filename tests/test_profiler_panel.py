@@ -18,6 +18,7 @@ from workbench.profiler.maps import WinLoseMap
 from workbench.profiler.roofline import Roofline
 from workbench.profiler.verdicts import Verdict
 from workbench.runtimes import RuntimeFailed
+from workbench.surgery import clone
 
 ROOFS = Roofline({"fp32": 100.0, "int8": 400.0}, {"L1": 200.0, "memory": 10.0}, 1, "made up", {})
 
@@ -48,8 +49,8 @@ def short(monkeypatch):
 def opened(model, data):
     made = []
 
-    def open_one(technique=wb.LowRank, **options):
-        made.append(ProfilerPanel(technique, model, data, runtime="eager", **options))
+    def open_one(technique=wb.LowRank, mine=model, **options):
+        made.append(ProfilerPanel(technique, mine, data, runtime="eager", **options))
         assert made[-1].wait_idle()
         return made[-1]
 
@@ -231,8 +232,8 @@ def test_a_prediction_is_marked_as_one():
     assert "0.250" in tile and "wb-predicted" in tile and "off" not in tile
 
 
-def test_prediction_stands_until_the_measurement_and_then_beside_it(opened, monkeypatch):
-    shown, seen = opened(), []
+def test_prediction_stands_until_the_measurement_and_then_beside_it(opened, model, monkeypatch):
+    shown, seen = opened(mine=clone(model)), []
     assert shown.point.predicted == {}  # nothing was learnt before the first measurement
     real = measure.time_point
     monkeypatch.setattr(measure, "time_point", lambda *args: seen.append(shown.tiles.html) or real(*args))

@@ -330,7 +330,7 @@ def _why(now: Point, baseline: Point, place: str) -> list[str]:
     timing, found = now.timings.get(place), verdict_of(now, baseline, place)
     if found:
         said.append(judged(found))
-    if found and timing.now.noisy:
+    if found and timing.now.noisy and "drifted" not in found.evidence:
         said.append("The times drifted while they were measured, so take them with care.")
     if found and found.kind != "no kernel" and "simulated" in timing.note:
         said.append(escape(timing.note[0].upper() + timing.note[1:]) + ".")
