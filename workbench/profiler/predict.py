@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from workbench.profiler.layers import LayerTimes, layer_times_of
 from workbench.runtimes import bake
 from workbench.runtimes.layers import Part, parts_of
-from workbench.surgery import weighted_layers
+from workbench.surgery import remembered, weighted_layers
 from workbench.weights import rounded_bits
 
 BLOCK = 16  # channels that kernels compute at once; a part of a block takes as long as a whole one
@@ -100,19 +100,19 @@ class LatencyModel:
 
 def _shapes(model: nn.Module, example: Tensor) -> dict[str, tuple[str, np.ndarray]]:
     """Return (group, features) of each layer that is called; layers of one group are alike but for their size."""
-    bits = {name: rounded_bits(layer) for name, layer in weighted_layers(model)}
-    rounded = {name for name, layer in weighted_layers(model) if hasattr(layer, "input_quantizer")}
-    plain = bake(model)
-    layers = dict(plain.named_modules())
-    parts = parts_of(plain, example[:1])
-    integer = {part.name: bits.get(part.name, 32) <= 8 and part.name in rounded for part in parts}
-    return {
-        part.name: (
-            _group(part, layers[part.name], integer[part.name]),
-            _features(part, layers[part.name], len(example)),
-        )
-        for part in parts
+    return remembered(model, ("layer shapes", tuple(example.shape)), lambda: _counted_shapes(model, example))
+
+
+def _counted_shapes(model: nn.Module, example: Tensor) -> dict[str, tuple[str, np.ndarray]]:
+    integer = {
+        name for name, layer in weighted_layers(model) if rounded_bits(layer) <= 8 and hasattr(layer, "input_quantizer")
     }
+    plain = bake(model)
+    layers, shapes = dict(plain.named_modules()), {}
+    for part in parts_of(plain, example[:1]):
+        layer = layers[part.name]
+        shapes[part.name] = (_group(part, layer, part.name in integer), _features(part, layer, len(example)))
+    return shapes
 
 
 def _group(part: Part, layer: nn.Module, integer: bool) -> str:
