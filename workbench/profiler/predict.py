@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from workbench.profiler.layers import LayerTimes, layer_times_of
 from workbench.runtimes import bake
 from workbench.runtimes.layers import Part, parts_of
-from workbench.surgery import weighted_layers
+from workbench.surgery import remembered, weighted_layers
 from workbench.weights import rounded_bits
 
 BLOCK = 16  # channels that kernels compute at once; a part of a block takes as long as a whole one
 SHORTEST_MS = 0.002  # times below are not told apart by all clocks, and get no more weight than this one
 DOUBT = 0.3  # of a measured layer just as large: how far a correction holds back
 OUTSIDE = "outside"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass
@@ -99,24 +100,23 @@ class LatencyModel:
 
 def _shapes(model: nn.Module, example: Tensor) -> dict[str, tuple[str, np.ndarray]]:
     """Return (group, features) of each layer that is called; layers of one group are alike but for their size."""
-    bits = {name: rounded_bits(layer) for name, layer in weighted_layers(model)}
-    rounded = {name for name, layer in weighted_layers(model) if hasattr(layer, "input_quantizer")}
-    plain = bake(model)
-    layers = dict(plain.named_modules())
-    parts = parts_of(plain, example[:1])
-    integer = {part.name: bits.get(part.name, 32) <= 8 and part.name in rounded for part in parts}
-    return {
-        part.name: (
-            _group(part, layers[part.name], integer[part.name]),
-            _features(part, layers[part.name], len(example)),
-        )
-        for part in parts
+    return remembered(model, ("layer shapes", tuple(example.shape)), lambda: _counted_shapes(model, example))
+
+
+def _counted_shapes(model: nn.Module, example: Tensor) -> dict[str, tuple[str, np.ndarray]]:
+    integer = {
+        name for name, layer in weighted_layers(model) if rounded_bits(layer) <= 8 and hasattr(layer, "input_quantizer")
     }
+    plain = bake(model)
+    layers, shapes = dict(plain.named_modules()), {}
+    for part in parts_of(plain, example[:1]):
+        layer = layers[part.name]
+        shapes[part.name] = (_group(part, layer, part.name in integer), _features(part, layer, len(example)))
+    return shapes
 
 
 def _group(part: Part, layer: nn.Module, integer: bool) -> str:
-    sides = getattr(layer, "kernel_size", 1)  # of a pooling layer it may be one number
-    pointwise = "" if max(sides if isinstance(sides, tuple) else (sides,)) > 1 else " of one pixel"
+    pointwise = " of one pixel" if isinstance(layer, CONVOLUTIONS) and layer.weight[0, 0].numel() == 1 else ""
     grouped = " in groups" if getattr(layer, "groups", 1) > 1 else ""
     return f"{part.kind}{pointwise}{grouped}{' in int8' if integer else ''}"
 
@@ -146,16 +146,18 @@ def _outside(shapes: dict[str, tuple[str, np.ndarray]]) -> np.ndarray:
 
 
 def _fitted(rows: list[tuple[np.ndarray, float]]) -> np.ndarray:
-    """Return the costs, none negative, with the least squared relative errors: the best of all subsets of features."""
+    """Return the costs, none negative, with the least squared relative errors: the best of all subsets of features.
+
+    Relative squares favour too low a line, so it is lifted to where half of the measured times lie above it.
+    """
     features = np.array([row for row, _ in rows])
-    weights = 1 / np.maximum([ms for _, ms in rows], SHORTEST_MS)
-    scaled, target = features * weights[:, None], np.array([ms for _, ms in rows]) * weights
-    best, least = np.zeros(features.shape[1]), float(target @ target)
+    taken = np.maximum([ms for _, ms in rows], SHORTEST_MS)
+    scaled, best, least = features / taken[:, None], np.zeros(features.shape[1]), float(len(rows))
     for count in range(1, min(features.shape) + 1):
-        for chosen in itertools.combinations(range(features.shape[1]), count):
-            costs = np.linalg.lstsq(scaled[:, chosen], target, rcond=None)[0]
-            error = float(((scaled[:, chosen] @ costs - target) ** 2).sum())
+        for chosen in map(list, itertools.combinations(range(features.shape[1]), count)):
+            costs = np.linalg.lstsq(scaled[:, chosen], np.ones(len(rows)), rcond=None)[0]
+            error = float(((scaled[:, chosen] @ costs - 1) ** 2).sum())
             if (costs >= 0).all() and error < least:
                 best, least = np.zeros(features.shape[1]), error
-                best[list(chosen)] = costs
-    return best
+                best[chosen] = costs
+    return best / max(float(np.median(scaled @ best)), 1e-9)
