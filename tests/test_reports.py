@@ -103,10 +103,10 @@ def test_names_are_shown_and_never_run():
 @pytest.mark.parametrize("baseline", [True, False])
 def test_a_page_has_only_what_was_measured(baseline):
     bare = dict.fromkeys(("layers", "baseline_layers", "roofline"))
-    bare |= {"verdicts": (), "scenarios": {}, "sweep": (), "software": (), "memory": {}, "energy": ""}
+    bare |= {"verdicts": (), "scenarios": {}, "sweep": (), "software": (), "memory": {}, "energy": "", "maps": ()}
     page = html_page(profiles.report(baseline, **bare))
     assert page.count("<figure ") == 1 and "Scenarios" not in page and "Where this was measured" in page
-    assert html_page(profiles.report(baseline)).count("<figure ") == (8 if baseline else 7)
+    assert html_page(profiles.report(baseline)).count("<figure ") == (9 if baseline else 8)
 
 
 def test_a_section_that_breaks_leaves_the_others(monkeypatch):
