@@ -19,7 +19,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # The way of the data; a module imports only from modules that stand before it. `paths` is known to all.
 LAYERS = (
     "paths surgery weights data models training artifact results invariants technique techniques "
-    "runtimes export profiler records plots panel dashboard doctor cli"
+    "runtimes export subjects profiler records plots reports panel dashboard doctor cli"
 ).split()
 ONLY_IN = {
     "plotly": {"plots", "panel"},

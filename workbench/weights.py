@@ -340,6 +340,11 @@ def weight_parametrizations(layer: nn.Module, name: str = "weight") -> list[nn.M
     return list(layer.parametrizations[name])
 
 
+def rounded_bits(layer: nn.Module) -> int:
+    """Return how many bits the layer's weight is rounded to, 32 where it is not."""
+    return min((one.bits for one in weight_parametrizations(layer) if isinstance(one, FakeQuantize)), default=32)
+
+
 def finite_weight(name: str, weight: Tensor) -> Tensor:
     """Return the weight of layer `name`, or raise ValueError if it holds NaN or infinity."""
     if not torch.isfinite(weight).all():

@@ -1,10 +1,11 @@
-"""From words on the command line to models, data and techniques."""
+"""From words on the command line to techniques and their settings."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
-from pathlib import Path
+
+from workbench.cli.progress import Progress
+from workbench.subjects import near
 
 
 def command_name(cls) -> str:
@@ -21,7 +22,7 @@ def technique_named(name: str):
         if name.lower() in (word, cls.__name__.lower()):
             return cls
     raise argparse.ArgumentTypeError(
-        f"there is no technique {name!r}; {_near(name, known)}choose from {', '.join(known)}"
+        f"there is no technique {name!r}; {near(name, known)}choose from {', '.join(known)}"
     )
 
 
@@ -76,36 +77,31 @@ def chosen(args, cls):
     return cls(**{knob.name: getattr(args, knob.name) for knob in cls.settings()})
 
 
-def model_named(word: str):
-    """Return (model, name): a shipped model, or one read from a .wb file; raise ValueError for anything else."""
-    from workbench.models import MODELS, load_model
-
-    if word in MODELS:
-        return load_model(word), word
-    if Path(word).suffix == ".wb" or Path(word).is_file():
-        from workbench.artifact import load
-
-        return load(word), word
-    names = ", ".join(MODELS)
-    raise ValueError(f"There is no model {word!r}; {_near(word, MODELS)}choose from {names}, or give a .wb file.")
+def add_split(parser) -> None:
+    """Add the flag that says on which images accuracy is counted."""
+    words = "images that accuracy is counted on (default val; test is for the final look)"
+    parser.add_argument("--split", choices=("train", "val", "test"), default="val", help=words)
 
 
-def architecture_of(model) -> str:
-    """Return the name of the shipped model that this one was made from, or an empty string."""
-    return (getattr(model, "architecture", None) or {}).get("name", "")
+def at_least_one(text: str) -> int:
+    """Return the whole number that `text` spells; raise ArgumentTypeError below 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
-def data_for(model, named: str | None):
-    """Return the data named, else those that the model was trained on; raise ValueError where neither is known."""
-    from workbench.data import load_data
-    from workbench.models import MODELS
-
-    name = architecture_of(model)
-    if named is None and name not in MODELS:
-        raise ValueError("Nothing says which images this model is for; name them with --data (see wb.DATA_SETS).")
-    return load_data(named or MODELS[name].data)
+def compressed(technique, model, data):
+    """Return the shipped result for these settings where there is one, else compress now, training in sight."""
+    recalled = technique.recall(model)
+    if recalled is not None:
+        return recalled
+    with Progress(type(technique).title()) as watch:
+        return technique.compress(model, data, watch)
 
 
-def _near(word: str, known) -> str:
-    near = difflib.get_close_matches(word.lower(), list(known), 1, 0.5)
-    return f"did you mean {near[0]!r}? " if near else ""
+def shape_of(text: str) -> tuple[int, ...]:
+    """Return the shape that `text` spells: "1,3,224,224" -> (1, 3, 224, 224)."""
+    parts = [part.strip() for part in text.replace("x", ",").split(",")]
+    if len(parts) < 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape; write whole numbers such as 1,3,224,224")
+    return tuple(map(int, parts))

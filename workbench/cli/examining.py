@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from importlib import import_module
 from pathlib import Path
 
-from workbench.cli.choosing import architecture_of, data_for, model_named, technique_named
+from workbench.cli.choosing import shape_of, technique_named
 from workbench.cli.progress import Doing
+from workbench.subjects import built, data_for, example_for
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
 
@@ -31,54 +29,6 @@ def add_commands(commands) -> None:
         parser.add_argument("model", metavar="MODEL", help=words)
         words = "the shape of one batch, such as 1,3,224,224 (default: images of the model's own data)"
         parser.add_argument("--input", type=shape_of, metavar="N,C,H,W", help=words)
-
-
-def shape_of(text: str) -> tuple[int, ...]:
-    """Return the shape that `text` spells: "1,3,224,224" -> (1, 3, 224, 224)."""
-    parts = [part.strip() for part in text.replace("x", ",").split(",")]
-    if len(parts) < 2 or not all(part.isdigit() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape; write whole numbers such as 1,3,224,224")
-    return tuple(map(int, parts))
-
-
-def built(word: str):
-    """Return (model, name) for a model's name, a .wb file, or module:function; raises ValueError otherwise."""
-    module, colon, function = word.partition(":")
-    if not colon or Path(word).is_file():
-        return model_named(word)
-    sys.path.insert(0, str(Path.cwd()))  # where one's own modules lie, as `python -m` has it
-    try:
-        make = getattr(import_module(module), function)
-    except ImportError as error:
-        raise ValueError(f"The module {module!r} of {word!r} cannot be imported ({error}).") from error
-    except AttributeError:
-        raise ValueError(f"The module {module!r} has no {function!r}; name a function that builds a model.") from None
-    finally:
-        sys.path.pop(0)
-    return _called(make, word), function
-
-
-def _called(make, word: str):
-    """Return the model that `make()` gives; a model itself will do too."""
-    from torch import nn
-
-    model = make if isinstance(make, nn.Module) else make()
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{word} gives a {type(model).__name__}, not a torch.nn.Module.")
-    return model.eval()
-
-
-def example_for(model, shape: tuple[int, ...] | None):
-    """Return one batch: random numbers of the shape given, else images that the model was trained on."""
-    import torch
-
-    if shape is not None:
-        numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        first = next((p for p in model.parameters() if p.is_floating_point()), numbers)
-        return numbers.to(first.dtype)
-    if not architecture_of(model):
-        raise ValueError("Nothing says what this model takes; give the shape of one batch, as in --input 1,3,224,224.")
-    return data_for(model, None).example(2)
 
 
 def run_doctor(args) -> None:

@@ -1,29 +1,30 @@
-"""`workbench train`, `compress`, `profile` and `sweep`."""
+"""`workbench train`, `compress` and `sweep`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from workbench.cli.choosing import (
     add_settings,
-    architecture_of,
+    add_split,
+    at_least_one,
     chosen,
-    data_for,
-    model_named,
+    compressed,
     technique_in,
     technique_named,
     value_of,
 )
+from workbench.cli.profiling import add_profile
 from workbench.cli.progress import Doing, Progress
+from workbench.subjects import data_for, model_named
 
 RUNS = Path("runs")  # where an interrupted training leaves its checkpoint and its best weights
 
 
 def add_commands(commands, argv: list[str]) -> None:
     """Declare the four commands; the technique that `argv` names adds its settings as flags to the one called."""
-    adders = {"train": _add_train, "compress": _add_compress, "profile": _add_profile, "sweep": _add_sweep}
+    adders = {"train": _add_train, "compress": _add_compress, "profile": add_profile, "sweep": _add_sweep}
     called = next((word for word in argv if word in adders), None)
     for name, add in adders.items():
         parser = add(commands)
@@ -36,7 +37,7 @@ def _add_train(commands):
     parser = commands.add_parser("train", help="train a model of the workbench", allow_abbrev=False)
     parser.add_argument("name", metavar="MODEL", help="glyphs-cnn, lenet-300-100 or lenet-5")
     parser.add_argument(
-        "--epochs", type=_at_least_one, help="passes through the training images (default: the model's own)"
+        "--epochs", type=at_least_one, help="passes through the training images (default: the model's own)"
     )
     parser.add_argument("--learning-rate", type=float, help="the peak of the one-cycle schedule")
     parser.add_argument("--seed", type=int, default=0)
@@ -62,43 +63,17 @@ def _add_compress(commands):
     return parser
 
 
-def _add_profile(commands):
-    parser = commands.add_parser("profile", help="measure size, accuracy and latency", allow_abbrev=False)
-    parser.add_argument("model", metavar="MODEL", help="a model's name, or a .wb file")
-    parser.add_argument("--technique", type=technique_named, help="compress first; its settings are flags too")
-    parser.add_argument("--baseline", help="compare with this model (default: the one that it was made from)")
-    parser.add_argument("--data", help="images to count accuracy on (default: the model's own)")
-    parser.add_argument("--batch", type=_at_least_one, default=1, help="images at once (default 1)")
-    parser.add_argument("--runtime", action="append", help="measure on this runtime only; may be repeated")
-    parser.add_argument("--threads", type=_at_least_one, default=1, help="processor threads (default 1)")
-    _add_split(parser)
-    parser.add_argument("--json", type=Path, help="write all figures to this file too")
-    parser.set_defaults(run=run_profile)
-    return parser
-
-
 def _add_sweep(commands):
     parser = commands.add_parser("sweep", help="measure one setting at several values", allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="a model's name, or a .wb file")
     parser.add_argument("technique", metavar="TECHNIQUE", type=technique_named, help="such as low-rank")
     parser.add_argument("--values", required=True, metavar="SETTING=A,B,…", help="such as rank=0.1,0.2,0.5")
     parser.add_argument("--data", help="images to count accuracy on (default: the model's own)")
-    _add_split(parser)
+    add_split(parser)
     parser.add_argument("--latency", action="store_true", help="time the results too, all in turns")
     parser.add_argument("--records", type=Path, help="keep the records in this file, such as my-sweep.json")
     parser.set_defaults(run=run_sweep)
     return parser
-
-
-def _add_split(parser) -> None:
-    words = "images that accuracy is counted on (default val; test is for the final look)"
-    parser.add_argument("--split", choices=("train", "val", "test"), default="val", help=words)
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def run_train(args) -> None:
@@ -147,45 +122,9 @@ def run_compress(args) -> None:
 
     model, name = model_named(args.model)
     technique = chosen(args, args.technique)
-    small = _compressed(technique, model, data_for(model, args.data))
+    small = compressed(technique, model, data_for(model, args.data))
     before, after = len(encode(model)), save(small, args.output)
     print(f"{name}, {technique}: {before:,} → {after:,} bytes, {before / after:.1f} times smaller. File: {args.output}")
-
-
-def _compressed(technique, model, data):
-    """Return the shipped result for these settings where there is one, else compress now, training in sight."""
-    recalled = technique.recall(model)
-    if recalled is not None:
-        return recalled
-    with Progress(type(technique).title()) as watch:
-        return technique.compress(model, data, watch)
-
-
-def run_profile(args) -> None:
-    """Measure a model beside its baseline and print a table and what it says in words."""
-    from workbench.profiler import profile
-
-    model, _ = model_named(args.model)
-    data = data_for(model, args.data)
-    baseline = _baseline(args, model)
-    if args.technique is not None:
-        baseline = baseline if args.baseline else model
-        model = _compressed(chosen(args, args.technique), model, data)
-    with Doing() as watch:
-        measured = profile(model, data, baseline, args.runtime, args.batch, args.threads, args.split, watch=watch)
-    print(measured)
-    if args.json:
-        args.json.write_text(json.dumps(measured.to_dict(), indent=2) + "\n", encoding="utf-8")
-
-
-def _baseline(args, model):
-    """Return the model to compare with: the one named, else the shipped one that a file was made from."""
-    from workbench.models import MODELS
-
-    if args.baseline:
-        return model_named(args.baseline)[0]
-    name = architecture_of(model)
-    return model_named(name)[0] if name in MODELS and args.model != name else None
 
 
 def run_sweep(args) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 
+BAR = 24  # characters
+
 
 class Progress:
     """Watch a training: draw each `Step`, and answer False once Ctrl-C was pressed; a second one interrupts for good.
@@ -44,7 +46,7 @@ class Progress:
 
 
 class Doing:
-    """Show on a terminal what is being measured, on one line that goes when it is done: watch(message, fraction)."""
+    """Show on a terminal what is being measured and how far it is, on one line that goes: watch(message, fraction)."""
 
     def __enter__(self) -> Doing:
         return self
@@ -53,7 +55,8 @@ class Doing:
         self._write("")
 
     def __call__(self, message: str, fraction: float) -> None:
-        self._write(f"{fraction:4.0%}  {message} …")
+        full = round(min(max(fraction, 0), 1) * BAR)
+        self._write(f"{'█' * full}{'░' * (BAR - full)} {fraction:4.0%}  {message} …")
 
     def _write(self, text: str) -> None:
         if sys.stderr.isatty():

@@ -10,7 +10,9 @@ from typing import Any
 from torch import nn
 
 from workbench.panel.board import Offer, Panel
+from workbench.panel.maps import MapPanel
 from workbench.panel.pipeline import PipelinePanel
+from workbench.panel.profiler import ProfilerPanel
 from workbench.technique import Pipeline
 
 
@@ -32,4 +34,4 @@ class _Callable(ModuleType):
 
 sys.modules[__name__].__class__ = _Callable
 
-__all__ = ["Panel", "PipelinePanel", "panel"]
+__all__ = ["MapPanel", "Panel", "PipelinePanel", "ProfilerPanel", "panel"]

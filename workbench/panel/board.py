@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import ipywidgets
-from torch import nn
+from torch import Tensor, nn
 
 from workbench.panel import controls, measure, words
 from workbench.panel.figure import Drawing
@@ -84,7 +84,7 @@ class Panel(ipywidgets.VBox):
     # --- what is on the page ---------------------------------------------------------------------------------------
 
     def _build(self, first_runtime: str) -> None:
-        names = [one.name for one in available_runtimes() if one.device == "cpu"]
+        names = self._offered_runtimes()
         first = first_runtime if first_runtime in names else names[0]
         kinds = [(kind.title(), kind) for kind in self._starts]
         self.chooser = controls.choice("technique", kinds, self.kind, "Which technique the controls are for")
@@ -134,9 +134,21 @@ class Panel(ipywidgets.VBox):
             self.presets = {**controls.presets(kind, start), **self._presets}
         for control in self.controls.values():
             control.observe(self._changed, "value")
-        self.knob_row.children = (*self.controls.values(), self.runtime)
+        self.knob_row.children = (*self.controls.values(), *self._conditions())
         self.preset.options = [("choose …", ""), *((n, n) for n in self.presets)]
         self.header.html, self.card.html = self._header_html(), words.card(kind)
+
+    def _offered_runtimes(self) -> list[str]:
+        return [one.name for one in available_runtimes() if one.device == "cpu"]
+
+    def _conditions(self) -> tuple:
+        """Return the controls that say under which conditions latency is measured."""
+        return (self.runtime,)
+
+    @property
+    def place(self) -> str:
+        """Where latency is measured, as the tiles and the points' timings call it."""
+        return self.runtime.value
 
     def _recorded(self) -> list:
         """Return the shipped records of this technique on this model, or those that the caller gave."""
@@ -294,7 +306,7 @@ class Panel(ipywidgets.VBox):
 
     def _submit(self, rest: float = REST) -> None:
         try:
-            technique, name = self.technique, self.runtime.value
+            technique, name = self.technique, self.place
         except ValueError as error:  # settings that do not go together
             self.worker.stop()
             self._say(words.sentence(error))
@@ -313,12 +325,12 @@ class Panel(ipywidgets.VBox):
 
     def train(self) -> None:
         """Train with the shown settings, drawing loss and accuracy."""
-        technique, name = self.technique, self.runtime.value
+        technique, name = self.technique, self.place
         self.worker.submit(lambda stale: self._train(technique, name, stale))
 
     def report(self) -> None:
         """Measure the shown setting on the test images, once."""
-        technique, name = self.technique, self.runtime.value
+        technique, name = self.technique, self.place
         self.worker.submit(lambda stale: self._report(technique, name, stale))
 
     def wait_idle(self, timeout: float = 60.0) -> bool:
@@ -336,6 +348,7 @@ class Panel(ipywidgets.VBox):
         self._say(self._notice)
         self._find_baseline()
         self.point = self._known(technique)
+        self._predict(self.point)
         self._progress("resting", "", stale)
         self._draw()
         yield rest
@@ -402,6 +415,7 @@ class Panel(ipywidgets.VBox):
             if self.state == "stopped":
                 self._draw()
         self._progress("done", self._hint() or "measured", stale)
+        yield from self._learn(point)
 
     def _count(self, point: Point, stale) -> Steps:
         for one, label in ((self.baseline, "the baseline's accuracy"), (point, "accuracy")):
@@ -417,7 +431,23 @@ class Panel(ipywidgets.VBox):
                 calls = timing.now.calls if timing and timing.now else 0
                 self._tick("measuring", f"measuring latency, {one} … {calls} calls", stale)
                 yield
+        self._track(point)
         self._draw()
+
+    def _where(self) -> tuple[str, Tensor, int]:
+        """Return the runtime, the batch and the number of threads that latency is measured with."""
+        return self.runtime.value, self._example, 1
+
+    def _predict(self, point: Point | None) -> None:
+        if point is not None:
+            measure.predict(point, measure.foresight(self.model, *self._where()), self.place, self._where()[1])
+
+    def _track(self, point: Point) -> None:
+        measure.track(point, measure.foresight(self.model, *self._where()), self.place)
+
+    def _learn(self, point: Point) -> Steps:
+        known, example = measure.foresight(self.model, *self._where()), self._where()[1]
+        yield from measure.learn((self.baseline, point), known, example)
 
     def _runtimes(self, name: str) -> list[str]:
         return [name, *([self._gpu[0]] if self._gpu[0] else [])]
@@ -527,14 +557,22 @@ class Panel(ipywidgets.VBox):
             self.train_button.description = self._train_label
             self.train_button.disabled = not hint or self._training is not None
             self.train_button.layout.display = "none" if self.train_button.disabled else None
-            name, now, base, pinned = self.runtime.value, self.point, self.baseline, self.pinned
-            self.tiles.html = words.tiles(now, base, pinned, name, self._gpu)
+            self.tiles.html = self._tiles_html()
             if figure:
-                self._draw_figure(name)
+                self._draw_figure(self.place)
                 self._figure_drawn = time.monotonic()
-            self.words.html = words.in_words(now, base, name, hint)
-            self.table.html = words.table(now, base, pinned)
+            self.words.html = self._words_html(hint)
+            self.table.html = self._table_html()
             self._drawn = time.monotonic()
+
+    def _tiles_html(self) -> str:
+        return words.tiles(self.point, self.baseline, self.pinned, self.place, self._gpu)
+
+    def _words_html(self, hint: str) -> str:
+        return words.in_words(self.point, self.baseline, self.place, hint)
+
+    def _table_html(self) -> str:
+        return words.table(self.point, self.baseline, self.pinned)
 
     def _draw_figure(self, name: str) -> None:
         tried = [p for p in self._points.values() if p is not self.point]

@@ -9,11 +9,12 @@ import plotly.graph_objects as go
 from workbench import plots
 from workbench.panel.measure import OTHER, Point, Timing
 
-_AXES = ("xaxis", "yaxis", "xaxis4", "xaxis5", "yaxis5")
-
 
 class Figure(go.FigureWidget):
     """A figure that tells a page which opens later what it shows now; plotly's own tells what it showed at first."""
+
+    axes: tuple[str, ...] = ("xaxis", "yaxis", "xaxis4", "xaxis5", "yaxis5")  # whose ranges move
+    marks: tuple[str, ...] = ("x", "y", "text", "visible", "error_y.array", "error_y.arrayminus")
 
     def get_state(self, key=None, drop_defaults=False):
         if key is None and "_layout_obj" in self.__dict__:
@@ -23,10 +24,13 @@ class Figure(go.FigureWidget):
 
     def send_again(self) -> None:
         """Send every mark and range once more: what was drawn while a page opened, before it listened, is lost."""
-        properties = ("x", "y", "text", "visible", "error_y.array", "error_y.arrayminus")
-        drawn = {name: [_plain(trace, name) for trace in self.data] for name in properties}
-        ranges = {f"{axis}.range": list(self.layout[axis].range) for axis in _AXES if self._has_range(axis)}
-        self._send_update_msg(drawn, ranges, list(range(len(self.data))))
+        drawn = {name: [_plain(trace, name) for trace in self.data] for name in self.marks}
+        ranges = {f"{axis}.range": list(self.layout[axis].range) for axis in self.axes if self._has_range(axis)}
+        self._send_update_msg(drawn, {**ranges, **self._more()}, list(range(len(self.data))))
+
+    def _more(self) -> dict:
+        """Return what else of the layout is to be sent again."""
+        return {}
 
     def _has_range(self, axis: str) -> bool:
         return axis in self._layout_obj._props and self.layout[axis].range is not None
@@ -124,3 +128,35 @@ class Drawing:
         if wanted != self._has_room:
             self.widget.update_layout(self._shown if wanted else self._hidden)
             self._has_room = wanted
+
+
+class _ProfilerFigure(Figure):
+    axes = ("xaxis", "yaxis", "xaxis3")
+    marks = ("x", "y", "text", "visible", "name", "showlegend", "hovertemplate", "line.dash", "line.color")
+
+    def _more(self) -> dict:
+        return {"annotations": [note.to_plotly_json() for note in self.layout.annotations]}
+
+
+class ProfilerDrawing:
+    """What the profiler's panel draws; `layers` are the rows of its bars."""
+
+    def __init__(self, layers: list[str]):
+        self._layers = layers
+        self.widget = _ProfilerFigure(plots.profiler_figure(layers))
+        self.widget._config = {**self.widget._config, **plots.CONFIG}
+        self.widget.add_class("wb-figure")
+
+    def show_recorded(self, records: list) -> None:
+        """A profiler draws no recorded curve."""
+
+    def show(self, baseline: plots.Shown, now: plots.Shown, roofline) -> None:
+        """Move every mark to where the measurements are now, in one message."""
+        figure = plots.profiler_figure(self._layers, baseline, now, roofline)
+        with self.widget.batch_update():
+            for mine, new in zip(self.widget.data, figure.data, strict=True):
+                drawn = new.to_plotly_json()
+                mine.update({name: value for name, value in drawn.items() if name != "type"}, overwrite=True)
+            for axis in self.widget.axes:
+                self.widget.layout[axis].range = figure.layout[axis].range
+            self.widget.layout.annotations = figure.layout.annotations

@@ -27,7 +27,7 @@ from workbench import plots
 from workbench.data import Data
 from workbench.panel.board import Panel, is_usual
 from workbench.panel.controls import View, _text, word
-from workbench.panel.measure import Point, difference
+from workbench.panel.measure import Point, difference, verdict_of
 from workbench.panel.pipeline import brief, made
 from workbench.panel.words import milliseconds, signed, speed, times
 from workbench.profiler import Latency, Ratio, compare, environment, latencies
@@ -514,14 +514,15 @@ def task(
     faster: float | None = None,
     no_faster: bool = False,
     undoes: bool | None = None,
+    verdict: str = "",
     **settings,
 ) -> Task:
     """Ask for a setting of the panel, and check every one that is tried.
 
     `smaller`: the file at least so many times smaller. `within`: at most so many points of accuracy lost; `loses`: at
     least so many. `faster`: at least so many times, on the shown runtime; `no_faster`: not distinguishably faster
-    there. `undoes`: a stage undoes another (True), or none does (False); for panels of pipelines. `settings`: settings
-    that it must have.
+    there. `undoes`: a stage undoes another (True), or none does (False); for panels of pipelines. `verdict`: the
+    kind of the verdict on the whole. `settings`: settings that it must have.
     """
     conditions: list[Condition] = [_set(panel, name, value) for name, value in settings.items()]
     conditions += [_smaller(smaller)] if smaller else []
@@ -530,6 +531,7 @@ def task(
     conditions += [_faster(panel, faster)] if faster else []
     conditions += [_no_faster(panel)] if no_faster else []
     conditions += [_undoes(panel, undoes)] if undoes is not None else []
+    conditions += [_judged(panel, verdict)] if verdict else []
     return Task(panel, text, conditions)
 
 
@@ -568,13 +570,13 @@ def _loss(point: Point, baseline: Point, fits: Callable[[float], bool], wanted: 
 
 
 def _ratio(panel: Panel, point: Point):
-    timing = point.timings.get(panel.runtime.value)
+    timing = point.timings.get(panel.place)
     return speed(timing) if timing and timing.done else None
 
 
 def _faster(panel: Panel, wanted: float) -> Condition:
     def look(point, _baseline):
-        ratio, where = _ratio(panel, point), panel.runtime.value
+        ratio, where = _ratio(panel, point), panel.place
         if ratio is None:
             return None, f"latency on {where} is being measured"
         told = f"{times(ratio.value)} the speed" if ratio.distinguishable else "not distinguishable in time"
@@ -585,7 +587,7 @@ def _faster(panel: Panel, wanted: float) -> Condition:
 
 def _no_faster(panel: Panel) -> Condition:
     def look(point, _baseline):
-        ratio, where = _ratio(panel, point), panel.runtime.value
+        ratio, where = _ratio(panel, point), panel.place
         if ratio is None:
             return None, f"latency on {where} is being measured"
         gained = ratio.distinguishable and ratio.value > 1
@@ -598,6 +600,16 @@ def _undoes(panel: Panel, wanted: bool) -> Condition:
     def look(point, _baseline):
         told = panel.undone(point)
         return bool(told) == wanted, told[0].rstrip(".") if told else "no stage undoes another"
+
+    return look
+
+
+def _judged(panel: Panel, wanted: str) -> Condition:
+    def look(point, baseline):
+        found = verdict_of(point, baseline, panel.place)
+        if found is None:
+            return None, f"latency on {panel.place} is being measured"
+        return found.kind == wanted, f"verdict {found.kind}, wanted {wanted}"
 
     return look
 

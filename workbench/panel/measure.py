@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from workbench.artifact import ledger
-from workbench.profiler import Latency, layer_costs, measure
+from workbench.profiler import Latency, LayerCost, layer_costs, measure
+from workbench.profiler.layers import LayerTimes, layer_times
+from workbench.profiler.limits import Limits
+from workbench.profiler.predict import LatencyModel
 from workbench.profiler.report import Difference, accuracy_difference
-from workbench.runtimes import Prepared, RuntimeFailed, available_runtimes, runtime
+from workbench.profiler.verdicts import Taken, Verdict, whole_verdict
+from workbench.runtimes import Kernel, Prepared, RuntimeFailed, available_runtimes, runtime
 from workbench.surgery import remembered, weighted_layers
 from workbench.technique import Technique
 from workbench.training import Accuracy, predictions
 
 CALLS, BUDGET_S = 100, 1.0
+MOST_LEARNT, LEARN_CALLS = 5, 30  # points whose layers are looked into, so that others can be predicted
 IMAGES = 128  # in a batch: few, so that the first accuracy comes soon; larger ones are no faster
 OTHER = "other"  # norms, biases outside of layers, the file's header
 
@@ -28,10 +33,21 @@ class Timing:
     runtime: str
     precision: str  # what the kernels really compute in
     note: str = ""
+    kernels: tuple[Kernel, ...] = ()
+    baseline_kernels: tuple[Kernel, ...] = ()
     now: Latency | None = None
     baseline: Latency | None = None
     best: Latency | None = None
     done: bool = False
+
+
+@dataclass
+class Prediction:
+    """A latency said before it was measured; `error` is relative, known after, `median_error` that of all so far."""
+
+    ms: float
+    error: float | None = None
+    median_error: float | None = None
 
 
 @dataclass
@@ -47,9 +63,11 @@ class Point:
     layer_bytes: dict[str, int]
     layer_macs: dict[str, int]
     layer_parameters: dict[str, int]
+    costs: tuple[LayerCost, ...] = ()
     hits: Tensor | None = None  # bool (N,): which validation images are right, in order
     exact: bool = False  # every validation image was looked at
-    timings: dict[str, Timing] = field(default_factory=dict)
+    timings: dict[str, Timing] = field(default_factory=dict)  # by place: runtime, and batch and threads if not 1
+    predicted: dict[str, Prediction] = field(default_factory=dict)  # by place too
     test: Accuracy | None = None
     test_hits: Tensor | None = None
     steps: list = field(default_factory=list)  # of the training that made it
@@ -69,19 +87,17 @@ def weigh(title: str, technique: Technique | None, model: nn.Module, example: Te
     costs = layer_costs(model, example)
     layer_bytes, layer_macs, layer_parameters = ({name: 0 for name in [*layers, OTHER]} for _ in range(3))
     for row in book.rows:
-        home = _home(row.name, layers)
-        layer_bytes[home] += row.weight_bytes + row.table_bytes + row.index_bytes
-        layer_parameters[home] += row.parameters
+        layer = home(row.name, layers)
+        layer_bytes[layer] += row.weight_bytes + row.table_bytes + row.index_bytes
+        layer_parameters[layer] += row.parameters
     layer_bytes[OTHER] += book.total_bytes - sum(layer_bytes.values())
     for cost in costs:
-        layer_macs[_home(cost.name, layers)] += cost.macs
-    macs = sum(layer_macs.values())
-    return Point(
-        title, technique, model, book.total_bytes, book.parameters, macs, layer_bytes, layer_macs, layer_parameters
-    )
+        layer_macs[home(cost.name, layers)] += cost.macs
+    counts = (book.total_bytes, book.parameters, sum(layer_macs.values()))
+    return Point(title, technique, model, *counts, layer_bytes, layer_macs, layer_parameters, tuple(costs))
 
 
-def _home(name: str, layers: list[str]) -> str:
+def home(name: str, layers: list[str]) -> str:
     """Return the baseline's layer that a tensor or a factor belongs to: "conv2.0.weight" -> "conv2"."""
     inside = [layer for layer in layers if name == layer or name.startswith(layer + ".")]
     return max(inside, key=len, default=OTHER)
@@ -124,22 +140,29 @@ def changed(now: Tensor, baseline: Tensor) -> tuple[int, int, int]:
 # --- latency -------------------------------------------------------------------------------------------------------
 
 
-def time_point(point: Point, baseline: Point, name: str, example: Tensor) -> Iterator[Timing | None]:
+def place_of(name: str, batch: int = 1, threads: int = 1) -> str:
+    """Name a runtime and what differs from one image on one thread: "openvino, batch 16, 2 threads"."""
+    said = [name, *([f"batch {batch}"] if batch > 1 else []), *([f"{threads} threads"] if threads > 1 else [])]
+    return ", ".join(said)
+
+
+def time_point(point: Point, baseline: Point, name: str, example: Tensor, threads: int = 1) -> Iterator[Timing | None]:
     """Time the point in turns with the baseline on the same runtime, and on the best fp32 one where that is another.
 
-    Yields the growing `Timing`, which is `point.timings[name]` too. Raises RuntimeFailed where a model cannot run.
+    Yields the growing `Timing`, which is `point.timings[place]` too. Raises RuntimeFailed where a model cannot run.
     """
-    if point.timings.get(name) and point.timings[name].done:
+    place = place_of(name, len(example), threads)
+    if point.timings.get(place) and point.timings[place].done:
         return
-    reference = _prepared_baseline(baseline.model, example, name)
+    reference = prepared_baseline(baseline.model, example, name, threads)
     yield None
-    mine = runtime(name).prepare(point.model, example)
+    mine = runtime(name).prepare(point.model, example, threads)
     yield None
     best = reference
     if reference.device == "cpu":
-        for best in best_fp32(baseline.model, example):  # noqa: B007
+        for best in best_fp32(baseline.model, example, threads):  # noqa: B007
             yield None
-    timing = point.timings[name] = Timing(name, mine.precision, mine.note)
+    timing = point.timings[place] = Timing(name, mine.precision, mine.note, mine.kernels, reference.kernels)
     runners = [reference, mine] if best is reference else [reference, mine, best]
     for taken in measure(runners, CALLS, BUDGET_S):
         timing.baseline, timing.now, timing.best = taken[0], taken[1], taken[-1 if len(taken) == 3 else 0]
@@ -148,32 +171,96 @@ def time_point(point: Point, baseline: Point, name: str, example: Tensor) -> Ite
     yield timing
 
 
-def _prepared_baseline(model: nn.Module, example: Tensor, name: str) -> Prepared:
+def prepared_baseline(model: nn.Module, example: Tensor, name: str, threads: int = 1) -> Prepared:
     """Return the baseline made ready for a runtime, once for all panels that show this model."""
-    return remembered(model, ("panel", name, tuple(example.shape)), lambda: runtime(name).prepare(model, example))
+    key = ("panel", name, threads, tuple(example.shape))
+    return remembered(model, key, lambda: runtime(name).prepare(model, example, threads))
 
 
-def best_fp32(model: nn.Module, example: Tensor) -> Iterator[Prepared | None]:
+def best_fp32(model: nn.Module, example: Tensor, threads: int = 1) -> Iterator[Prepared | None]:
     """Find the CPU runtime that runs the baseline fastest, once for each model; the last one yielded is it."""
-    found: dict[str, str] = remembered(model, ("panel", "best", tuple(example.shape)), dict)
+    found: dict[str, str] = remembered(model, ("panel", "best", threads, tuple(example.shape)), dict)
     if "name" not in found:
         runners = []
         for one in available_runtimes():
-            if one.device == "cpu" and (prepared := _try(model, example, one.name)):
+            if one.device == "cpu" and (prepared := _try(model, example, one.name, threads)):
                 runners.append(prepared)
             yield None
         taken = []
         for taken in measure(runners, 20, 0.3):  # noqa: B007
             yield None
         found["name"] = min(taken, key=lambda latency: latency.median_ms).runtime
-    yield _prepared_baseline(model, example, found["name"])
+    yield prepared_baseline(model, example, found["name"], threads)
 
 
-def _try(model: nn.Module, example: Tensor, name: str) -> Prepared | None:
+def _try(model: nn.Module, example: Tensor, name: str, threads: int) -> Prepared | None:
     try:
-        return _prepared_baseline(model, example, name)
+        return prepared_baseline(model, example, name, threads)
     except RuntimeFailed:
         return None
+
+
+def verdict_of(point: Point, baseline: Point, place: str, known: Limits | None = None) -> Verdict | None:
+    """Say why a point is faster or not, from the latencies that were taken; None while they are not."""
+    timing = point.timings.get(place)
+    if timing is None or not timing.done:
+        return None
+    now = Taken.of(point.model, timing.now, point.costs, timing.kernels)
+    return whole_verdict(now, Taken.of(baseline.model, timing.baseline, baseline.costs, timing.baseline_kernels), known)
+
+
+# --- predicted, then measured --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Foresight:
+    """Predicts latencies at one place from the layers of the first few points that were measured there."""
+
+    fitted: LatencyModel
+    learnt: list[Point] = field(default_factory=list)
+
+    @property
+    def full(self) -> bool:
+        return len(self.learnt) >= MOST_LEARNT
+
+    def learn(self, point: Point, example: Tensor, times: LayerTimes) -> None:
+        """Fit to one more point, once; layers of the first few say enough of the others."""
+        if not self.full and not any(one is point for one in self.learnt):
+            self.fitted.learn(point.model, example, times)
+            self.learnt.append(point)
+
+
+def foresight(model: nn.Module, name: str, example: Tensor, threads: int = 1) -> Foresight:
+    """Return what predicts latencies of this baseline's relatives on a runtime, one for all panels that show it."""
+    key = ("panel", "foresight", name, threads, tuple(example.shape))
+    return remembered(model, key, lambda: Foresight(LatencyModel(name, threads, len(example))))
+
+
+def predict(point: Point, known: Foresight, place: str, example: Tensor) -> None:
+    """Say how long the point will take, unless that was measured, or nothing was learnt yet."""
+    if known.learnt and place not in point.timings and place not in point.predicted:
+        point.predicted[place] = Prediction(known.fitted.predict_ms(point.model, example))
+
+
+def track(point: Point, known: Foresight, place: str) -> None:
+    """Set the prediction of a point beside its measurement, once."""
+    timing, guess = point.timings.get(place), point.predicted.get(place)
+    if guess and guess.error is None and timing and timing.done:
+        guess.error = known.fitted.track(guess.ms, timing.now.median_ms)
+        guess.median_error = known.fitted.median_error
+
+
+def learn(points: Iterable[Point], known: Foresight, example: Tensor) -> Iterator[None]:
+    """Look into the layers of points that were measured, while there is something to learn from them."""
+    for point in points:
+        if known.full or any(one is point for one in known.learnt):
+            continue
+        yield
+        try:
+            times = layer_times(point.model, example, known.fitted.runtime, known.fitted.threads, LEARN_CALLS)
+        except RuntimeFailed:  # a runtime that shows no layers: nothing is predicted there
+            return
+        known.learn(point, example, times)
 
 
 # --- the test images -----------------------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterable
 from html import escape
 
-from workbench.panel.measure import OTHER, Point, Timing, changed, difference
-from workbench.profiler import compare, environment
+from workbench.panel.measure import OTHER, Point, Prediction, Timing, changed, difference, verdict_of
+from workbench.profiler import ScenarioResult, compare, environment
+from workbench.profiler.layers import LayerTime, LayerTimes
 from workbench.profiler.report import Difference
+from workbench.profiler.verdicts import Verdict
 from workbench.technique import Pipeline, Technique
-from workbench.weights import sparsity
 
 DASH = '<span class="wb-none">–</span>'
 SAME = "≈ not distinguishable"
@@ -166,13 +167,17 @@ def tile(kind: str, title: str, value: str, unit: str, lines: Iterable[tuple[str
 
 def tiles(now: Point | None, baseline: Point | None, pinned: Point | None, name: str, gpu: tuple[str, str]) -> str:
     """Return the four tiles; `name` is the CPU runtime, `gpu` is (runtime or "", why there is none)."""
-    made = [_size(now, baseline, pinned), _accuracy(now, baseline, pinned)]
-    made.append(_latency("latency", "latency, CPU, batch 1", name, now, pinned))
+    made = [size_tile(now, baseline, pinned), accuracy_tile(now, baseline, pinned)]
+    made.append(latency_tile("latency", "latency, CPU, batch 1", name, now, pinned))
     if gpu[0]:
-        made.append(_latency("gpu", "latency, GPU, batch 1", gpu[0], now, pinned))
+        made.append(latency_tile("gpu", "latency, GPU, batch 1", gpu[0], now, pinned))
     else:
         made.append(tile("gpu", "latency, GPU, batch 1", DASH, "", [("none", escape(gpu[1]))]))
-    return f'<div class="wb-tiles">{"".join(made)}</div>'
+    return row_of(made)
+
+
+def row_of(tiles: Iterable[str]) -> str:
+    return f'<div class="wb-tiles">{"".join(tiles)}</div>'
 
 
 def _pin(mood_words: tuple[str, str] | None) -> tuple[str, str]:
@@ -183,7 +188,7 @@ def _pin(mood_words: tuple[str, str] | None) -> tuple[str, str]:
     return mood, f'<span class="wb-star">★</span> vs pinned: {words}'
 
 
-def _size(now, baseline, pinned) -> str:
+def size_tile(now, baseline, pinned) -> str:
     title = "size of the file"
     if now is None:
         return tile("size", title, DASH, "kB", [("none", DASH), _pin(None)])
@@ -192,7 +197,7 @@ def _size(now, baseline, pinned) -> str:
     return tile("size", title, kilobytes(now.size_bytes), "kB", lines, f"baseline {kilobytes(baseline.size_bytes)} kB")
 
 
-def _accuracy(now, baseline, pinned) -> str:
+def accuracy_tile(now, baseline, pinned) -> str:
     title = "accuracy, validation"
     if now is None or now.accuracy is None:
         note = "" if baseline is None or baseline.accuracy is None else f"baseline {baseline.accuracy.percent:.1f} %"
@@ -216,18 +221,63 @@ def _against_best(timing: Timing) -> tuple[str, str]:
     return mood, f'{said} <span class="wb-than">vs {escape(timing.best.runtime)}</span>'
 
 
-def _latency(kind: str, title: str, name: str, now: Point | None, pinned: Point | None) -> str:
-    timing = now and now.timings.get(name)
+def latency_tile(kind: str, title: str, name: str, now: Point | None, pinned: Point | None) -> str:
+    """Return the tile of a latency: predicted until it is measured, and then both."""
+    timing, guess = now and now.timings.get(name), now and now.predicted.get(name)
     if not timing or not timing.now or not timing.now.calls:
-        return tile(kind, title, DASH, "ms", [("none", DASH), ("none", DASH), _pin(None)], escape(name))
+        value, unit = (milliseconds(guess.ms), f"ms {PREDICTED}") if guess else (DASH, "ms")
+        return tile(
+            kind, title, value, unit, [("none", DASH), ("none", DASH), _pin(None), _foreseen(guess)], escape(name)
+        )
     lines = [compare_ratio(speed(timing))]
-    lines.append(_against_best(timing))
+    lines += [_against_best(timing), _foreseen(guess)]
     other = pinned and pinned is not now and pinned.timings.get(name)
     # Times of separate runs are shown side by side; no claim is made about their ratio.
     lines.append(_pin(("none", f"{milliseconds(other.now.median_ms)} ms") if other and other.now else None))
     precision = f'computes in <b class="wb-precision">{escape(timing.precision)}</b>'
     noisy = ", noisy" if timing.now.noisy else ""
     return tile(kind, title, milliseconds(timing.now.median_ms), "ms", lines, f"{escape(name)}, {precision}{noisy}")
+
+
+def scenario_tile(name: str, now: ScenarioResult | None, baseline: ScenarioResult | None, pinned) -> str:
+    """Return the tile of an MLPerf-like scenario: images a second, how long queries waited, and whether in time.
+
+    Scenarios run one after the other, not in turns, so their figures stand side by side without a ratio.
+    """
+    title = f"{escape(name)}, MLPerf-like"
+    if now is None or not now.queries:
+        return tile("scenario", title, DASH, "images/s", [("none", DASH), ("none", DASH), _pin(None)])
+    tail = [f"{label} {milliseconds(ms)} ms" for label, ms in (("p90", now.p90_ms), ("p99", now.p99_ms)) if ms]
+    lines = [("none", " · ".join(tail) or f"median {milliseconds(now.p50_ms)} ms"), _in_time(now)]
+    lines.append(_pin(("none", f"{rate(pinned)} images/s") if pinned and pinned is not now else None))
+    beside = f"baseline {rate(baseline)} · " if baseline else ""
+    return tile("scenario", title, rate(now), "images/s", lines, f"{beside}{now.queries:,} queries")
+
+
+def rate(result: ScenarioResult) -> str:
+    per_second = result.images_per_second
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.1f}"
+
+
+def _in_time(result: ScenarioResult) -> tuple[str, str]:
+    """Say whether a server kept its bound; other scenarios have none."""
+    if result.bound_ms is None:
+        return "none", "&nbsp;"
+    bound = f"bound {milliseconds(result.bound_ms)} ms at {result.offered_per_second:,.0f} queries/s"
+    if result.kept is None:
+        return "none", bound
+    return ("good", f"✓ {bound}") if result.kept else ("bad", f"✗ {bound}")
+
+
+PREDICTED = '<span class="wb-predicted">predicted</span>'
+
+
+def _foreseen(guess: Prediction | None) -> tuple[str, str]:
+    """Say what was predicted and how far off that was, here and as a rule."""
+    if guess is None or guess.error is None:
+        return "none", "&nbsp;"
+    usual = f", {100 * guess.median_error:.0f} % as a rule" if guess.median_error is not None else ""
+    return "none", f"predicted {milliseconds(guess.ms)} ms: {100 * guess.error:.0f} % off{usual}"
 
 
 # --- in words ------------------------------------------------------------------------------------------------------
@@ -240,7 +290,6 @@ def in_words(now: Point | None, baseline: Point | None, name: str, hint: str = "
     said = [
         _size_words(now, baseline),
         _accuracy_words(now, baseline),
-        *_latency_words(now, name),
         *_why(now, baseline, name),
     ]
     if hint:
@@ -275,35 +324,15 @@ def _accuracy_words(now: Point, baseline: Point) -> str:
     return f"{text}: {signed(gap.points)} points ({signed(low)} to {signed(high)}, paired, 95 %)."
 
 
-def _latency_words(now: Point, name: str) -> list[str]:
-    timing = now.timings.get(name)
-    ratio = speed(timing)
-    if ratio is None or not timing.done:
-        return []
-    precision, base = timing.precision, milliseconds(timing.baseline.median_ms)
-    took = f"On {escape(name)} it computes in {escape(precision)}"
-    if not ratio.distinguishable:
-        return [f"{took}; its latency is not distinguishable from the baseline's {base} ms."]
-    word, value = ("faster", ratio.value) if ratio.value >= 1 else ("slower", 1 / ratio.value)
-    return [f"{took}, {times(value)} {word} than the baseline's {base} ms."]
-
-
-def _why(now: Point, baseline: Point, name: str) -> list[str]:
-    """Say why compression does not help here, where it does not."""
+def _why(now: Point, baseline: Point, place: str) -> list[str]:
+    """Say why the point is as fast as it is, and which layers became larger."""
     said = []
-    timing = now.timings.get(name)
-    ratio = speed(timing)
-    gained = ratio is not None and ratio.distinguishable and ratio.value > 1
-    if timing and timing.done and timing.now.noisy:
+    timing, found = now.timings.get(place), verdict_of(now, baseline, place)
+    if found:
+        said.append(judged(found))
+    if found and timing.now.noisy:
         said.append("The times drifted while they were measured, so take them with care.")
-    elif timing and timing.done and not gained:
-        if now.macs == baseline.macs and sparsity(now.model) > 0.05:
-            said.append("Dense kernels multiply by zero as slowly as by any number: single zeros save bytes, not time.")
-        if now.macs < 0.9 * baseline.macs:
-            said.append(
-                "It multiplies less, yet each kernel call has a fixed cost, and thin layers fill the kernels badly."
-            )
-    if timing and timing.done and "simulated" in timing.note:
+    if found and found.kind != "no kernel" and "simulated" in timing.note:
         said.append(escape(timing.note[0].upper() + timing.note[1:]) + ".")
     grown = [n for n, b in now.layer_bytes.items() if n != OTHER and b > 1.02 * baseline.layer_bytes[n]]
     if grown and now is not baseline:
@@ -312,6 +341,18 @@ def _why(now: Point, baseline: Point, name: str) -> list[str]:
             f"{escape(names)} {'takes' if len(grown) == 1 else 'take'} more bytes than before: too small to gain."
         )
     return said
+
+
+def verdict_list(verdicts: Iterable[Verdict], why_not: str = "") -> str:
+    """Return the verdicts in their order, each with its evidence and one thing to try."""
+    rows = "".join(f"<li>{judged(verdict)}</li>" for verdict in verdicts)
+    missing = f"<p>{escape(why_not)}</p>" if why_not else ""
+    return f"<h4>Why it is as fast as it is</h4><ul>{rows}</ul>{missing}" if rows or missing else ""
+
+
+def judged(verdict: Verdict) -> str:
+    """Return a verdict as a sentence behind its kind."""
+    return f'<b class="wb-kind">{escape(verdict.kind)}</b> {escape(str(verdict))}'
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
@@ -331,6 +372,32 @@ def table(now: Point | None, baseline: Point | None, pinned: Point | None) -> st
     return (
         f"<details><summary>Table</summary><div class='wb-tables'>{whole}{_layer_table(now, baseline)}</div></details>"
     )
+
+
+def layer_times_table(now: LayerTimes | None, before: LayerTimes | None, verdicts: Iterable[Verdict]) -> str:
+    """Return a fold with each layer's time, before and now, what it computes and moves, and its verdict."""
+    if now is None:
+        return ""
+    kinds = {verdict.layer: verdict.kind for verdict in verdicts}
+    was = {layer.name: layer.ms for layer in before.layers} if before else {}
+    heads = ("ms", "before", "share, %", "multiply-adds", "weights, bytes", "in and out, bytes", "kernel", "verdict")
+    head = "".join(f"<th scope=col>{text}</th>" for text in ("layer", *heads))
+    rows = "".join(_times_row(layer, was.get(layer.name), kinds.get(layer.name, "")) for layer in now.layers)
+    ends = [("outside layers", now.outside_ms, before and before.outside_ms)]
+    ends.append(("end to end", now.total_ms, before and before.total_ms))
+    foot = "".join(_row(text, [*_shares(ms, old, now.total_ms), *[""] * 5]) for text, ms, old in ends)
+    made = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody><tfoot>{foot}</tfoot>"
+    return f"<details><summary>Layers</summary><div class='wb-tables'><table data-sorts>{made}</table></div></details>"
+
+
+def _times_row(layer: LayerTime, before_ms: float | None, verdict: str) -> str:
+    counts = [f"{number:,}" for number in (layer.macs, layer.weight_bytes, layer.activation_bytes)]
+    cells = [*_shares(layer.ms, before_ms, layer.ms / max(layer.share, 1e-12)), *counts, escape(layer.kernel), verdict]
+    return _row(f"{escape(layer.name)} <small>{escape(layer.kind)}</small>", cells)
+
+
+def _shares(ms: float, before_ms: float | None, total_ms: float) -> list[str]:
+    return [f"{ms:.4f}", DASH if before_ms is None else f"{before_ms:.4f}", f"{100 * ms / total_ms:.1f}"]
 
 
 def _row(label: str, cells: list[str]) -> str:

@@ -261,10 +261,16 @@ def latency_range(*samples: Sequence[float]) -> list[float]:
     return [0, 1.25 * max(tops, default=1.0)]
 
 
-def latency_distribution(samples: Mapping[str, Sequence[float]], title: str = "Latency of single calls") -> go.Figure:
-    """Draw every measured call in milliseconds, with median and quartiles; `samples` maps a name to its calls."""
-    roles = ["baseline", "now", "tried", "pinned"]
-    traces = [_box(list(ms), name, roles[i % 4]) for i, (name, ms) in enumerate(samples.items())]
+def latency_distribution(
+    samples: Mapping[str, Sequence[float]],
+    title: str = "Latency of single calls",
+    roles: Sequence[str] = ("baseline", "now", "tried", "pinned"),
+) -> go.Figure:
+    """Draw every measured call in milliseconds, with median and quartiles; `samples` maps a name to its calls.
+
+    The names take the colors and symbols of `roles` in turn.
+    """
+    traces = [_box(list(ms), name, roles[i % len(roles)]) for i, (name, ms) in enumerate(samples.items())]
     figure = go.Figure(traces).update_xaxes(title="milliseconds", range=latency_range(*samples.values()))
     figure.update_yaxes(autorange="reversed")
     words = "; ".join(f"{n}: median {np.median(ms):.3g} ms of {len(ms)} calls" for n, ms in samples.items() if len(ms))

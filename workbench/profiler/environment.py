@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,12 +24,18 @@ FEATURES = {  # what /proc/cpuinfo calls them, and what they speed up: vectors, 
     "asimddp": "dot product",
     "i8mm": "I8MM",
 }
-LIBRARIES = ("workbench", "torch", "openvino", "numpy")
+LIBRARIES = ("workbench", "torch", "torchvision", "openvino", "onnx", "onnxruntime", "numpy")
+GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Where figures come from: processor, instruction sets, cores this process may use, GPU, libraries."""
+    """Where figures come from: processor, instruction sets, cores this process may use, GPU, libraries.
+
+    `governor` sets the processor's frequency, `load` is how many processes ran or waited on average over the last
+    minute, the measuring one included; both are None where the system does not tell. `torch_threads` is torch's number
+    of threads where no measurement sets another.
+    """
 
     processor: str
     features: tuple[str, ...]
@@ -38,6 +44,9 @@ class Environment:
     gpu: str
     platform: str
     versions: dict[str, str]
+    governor: str | None = None
+    load: float | None = None
+    torch_threads: int = 1
 
     def to_dict(self) -> dict:
         """Return it as JSON can hold it."""
@@ -49,10 +58,35 @@ class Environment:
         virtual = " of a virtual machine" if self.virtual_machine else ""
         return f"{self.processor} ({features}), {cores}{virtual}, {self.gpu or 'no GPU here'}"
 
+    def card(self) -> dict[str, str]:
+        """Return what a reader of figures wants to know, in words, by its title."""
+        tell = lambda value: "not told by this system" if value is None else str(value)
+        virtual = {True: "yes", False: "no", None: None}[self.virtual_machine]
+        return {
+            "processor": self.processor,
+            "instruction sets": ", ".join(self.features) or "none known",
+            "cores of this process": str(self.cores),
+            "virtual machine": tell(virtual),
+            "frequency governor": tell(self.governor),
+            "load, last minute": tell(None if self.load is None else f"{self.load:.2f}"),
+            "GPU": self.gpu or "no GPU here",
+            "platform": self.platform,
+            "libraries": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
+            "torch threads": str(self.torch_threads),
+        }
+
+
+def environment() -> Environment:
+    """Describe this machine, and how busy it is now."""
+    try:
+        load = os.getloadavg()[0]
+    except (OSError, AttributeError):
+        load = None
+    return replace(_machine(), load=load, torch_threads=torch.get_num_threads())
+
 
 @lru_cache(maxsize=1)
-def environment() -> Environment:
-    """Describe this machine."""
+def _machine() -> Environment:
     info = _cpuinfo()
     flags = set(info.get("flags", info.get("Features", "")).split())
     return Environment(
@@ -63,6 +97,7 @@ def environment() -> Environment:
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         versions={name: found for name in LIBRARIES if (found := _version(name))},
+        governor=_governor(),
     )
 
 
@@ -74,6 +109,13 @@ def allowed_cores() -> int:
         return max(1, min(cores, round(int(quota) / int(period))))
     except (OSError, ValueError):  # no Linux control group, or the quota is "max"
         return cores
+
+
+def _governor() -> str | None:
+    try:
+        return GOVERNOR.read_text().strip() or None
+    except OSError:
+        return None
 
 
 def _cpuinfo() -> dict[str, str]:

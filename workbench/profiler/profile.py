@@ -14,8 +14,9 @@ from workbench.data import Data
 from workbench.profiler.costs import LayerCost, layer_costs, peak_activation_bytes, peak_cuda_bytes
 from workbench.profiler.environment import environment
 from workbench.profiler.report import Measures, Profile, Run
+from workbench.profiler.room import bytes_for, require_room, room_for
 from workbench.profiler.timing import Latency, measure
-from workbench.runtimes import RUNTIMES, Prepared, Runtime, RuntimeFailed, runtime
+from workbench.runtimes import RUNTIMES, ModelFile, Prepared, Runtime, RuntimeFailed, runtime, steady_outputs
 from workbench.surgery import clone
 from workbench.training import predictions
 from workbench.weights import sparsity
@@ -35,9 +36,9 @@ class _Contest:
 
 
 def profile(
-    model: nn.Module,
+    model: nn.Module | ModelFile,
     data: Data | Tensor | None = None,
-    baseline: nn.Module | None = None,
+    baseline: nn.Module | ModelFile | None = None,
     runtimes: Sequence[str | Runtime] | None = None,
     batch: int = 1,
     threads: int = 1,
@@ -48,13 +49,16 @@ def profile(
 ) -> Profile:
     """Measure `model`, and `baseline` in turns with it, on every runtime of this machine or on those named.
 
-    `data` is a Data, or one example batch, float (B, C, H, W); accuracy is counted on `split` of a Data. Raises
-    ValueError for wrong arguments and RuntimeFailed if no runtime can run the models; `watch(message, fraction)`.
+    `data` is a Data, or one example batch, float (B, C, H, W); accuracy is counted on `split` of a Data. Where a model
+    does not take `throughput_batch` images, throughput is that of `batch`. Raises ValueError for wrong arguments and
+    RuntimeFailed if the model fails, or no runtime can run it, or the batch has no room; `watch(message, fraction)`.
     """
     watch = watch or (lambda message, fraction: None)
     chosen = _chosen(runtimes)
-    example, large = _example(data, batch), _example(data, throughput_batch)
-    models = [model] if baseline is None else [model, baseline]
+    models, image = [model] if baseline is None else [model, baseline], _example(data, 1)
+    needed = max(_needed(one, image) for one in models)
+    require_room(needed, batch)
+    example, large = _example(data, batch), _example(data, max(room_for(needed, throughput_batch), batch))
     hits = [_hits(one, data, split, watch, i / len(models)) for i, one in enumerate(models)]
     watch("counting bytes and multiply-adds", 0.3)
     measures = [_measures(one, example, right) for one, right in zip(models, hits, strict=True)]
@@ -110,13 +114,18 @@ def _hits(model, data, split: str, watch: Progress, done: float) -> Tensor | Non
     return torch.cat(right)
 
 
-def _measures(model: nn.Module, example: Tensor, hits: Tensor | None) -> Measures:
-    try:
-        layers: list[LayerCost] = layer_costs(model, example)
-    except Exception as error:
-        shape = tuple(example[:1].shape)
-        raise RuntimeFailed(f"The model fails on an input of shape {shape}: {error}") from error
-    account = ledger(model)
+def _needed(model: nn.Module | ModelFile, image: Tensor) -> int:
+    """Return the bytes that one image takes while the model runs; raises RuntimeFailed if it does not run."""
+    if isinstance(model, ModelFile):
+        return bytes_for(image)
+    steady_outputs(clone(model), image)
+    return bytes_for(image) + peak_activation_bytes(model, image)
+
+
+def _measures(model: nn.Module | ModelFile, example: Tensor, hits: Tensor | None) -> Measures:
+    if isinstance(model, ModelFile):
+        return _file_measures(model, example)
+    layers, account = layer_costs(model, example), ledger(model)
     with torch.inference_mode():
         finite = bool(torch.isfinite(clone(model)(example)).all())
     return Measures(
@@ -132,6 +141,21 @@ def _measures(model: nn.Module, example: Tensor, hits: Tensor | None) -> Measure
     )
 
 
+def _file_measures(file: ModelFile, example: Tensor) -> Measures:
+    layers, parameters = file.layers(example), file.parameters()
+    weights = sum(layer.parameters for layer in layers)
+    return Measures(
+        size_bytes=file.size_bytes,
+        fp32_bytes=4 * parameters,
+        parameters=parameters,
+        macs=sum(layer.macs for layer in layers),
+        sparsity=1 - sum(layer.nonzero for layer in layers) / max(weights, 1),
+        peak_activation_bytes=None,  # torch's allocator has no part in it
+        layers=tuple(LayerCost(*layer) for layer in layers),
+        finite=bool(torch.isfinite(runtime("openvino").prepare(file, example)(example).float()).all()),
+    )
+
+
 def _prepare_all(models, chosen, example, large, threads, watch) -> tuple[list[_Contest], dict[str, str]]:
     contests, failed = [], {}
     for i, one in enumerate(chosen):
@@ -142,10 +166,18 @@ def _prepare_all(models, chosen, example, large, threads, watch) -> tuple[list[_
             continue
         try:
             single = [one.prepare(model, example, threads) for model in models]
-            contests.append(_Contest(one, single, [one.prepare(model, large, threads) for model in models]))
+            contests.append(_Contest(one, single, _many(one, models, large, threads) or single))
         except RuntimeFailed as error:
             failed[one.name] = str(error)
     return contests, failed
+
+
+def _many(one: Runtime, models, large: Tensor, threads: int) -> list[Prepared]:
+    """Return the models prepared for a large batch, or nothing where one of them takes its own batch only."""
+    try:
+        return [one.prepare(model, large, threads) for model in models]
+    except RuntimeFailed:
+        return []
 
 
 def _time(groups, calls: int, message: str, done: float, watch: Progress, budget_s=None) -> list[list[Latency]]:

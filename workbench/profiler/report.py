@@ -16,13 +16,16 @@ from workbench.profiler.words import sentences
 from workbench.runtimes import Kernel
 from workbench.training import Z_95, Accuracy
 
+FIGURES = ("batch", "threads", "median_ms", "p25_ms", "p75_ms", "p90_ms", "p99_ms", "calls", "noisy")
+
 
 @dataclass(frozen=True, eq=False)
 class Measures:
     """What does not depend on a runtime. `hits`, bool (N,): which images are classified right, None without data.
 
     `size_bytes` is the length of the saved file, `fp32_bytes` four bytes a number. `macs` are counted for one image.
-    `peak_activation_bytes` is the allocator's peak during one eager forward of the batch, without weights and input.
+    `peak_activation_bytes` is the allocator's peak during one eager forward of the batch, without weights and input;
+    None for a model in a file of another program, which torch does not run.
     """
 
     size_bytes: int
@@ -30,7 +33,7 @@ class Measures:
     parameters: int
     macs: int
     sparsity: float
-    peak_activation_bytes: int
+    peak_activation_bytes: int | None
     layers: tuple[LayerCost, ...]
     hits: Tensor | None = None
     finite: bool = True
@@ -57,7 +60,7 @@ class Run:
     device: str
     note: str
     kernels: tuple[Kernel, ...]
-    difference: float
+    difference: float | None
     latency: Latency
     throughput: Latency
     baseline: Latency | None = None
@@ -152,10 +155,7 @@ class Profile:
         return {
             "runtime": run.runtime,
             "precision": run.latency.precision,
-            **{
-                name: getattr(run.latency, name)
-                for name in ("median_ms", "p25_ms", "p75_ms", "p90_ms", "calls", "noisy")
-            },
+            **{name: getattr(run.latency, name) for name in FIGURES},
             "baseline_median_ms": run.baseline.median_ms if run.baseline else None,
             "versus_baseline": str(ratio) if ratio else None,
             "versus_best_fp32": str(to_best) if to_best else None,

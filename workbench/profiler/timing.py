@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -19,11 +19,18 @@ from workbench.runtimes import Prepared, threads
 ROUNDS = 20
 FEWEST_ROUNDS = 6  # with five, all on one side of 1 is no 95 % proof: by chance alone it happens in 2 of 2**5 cases
 BLOCK_MS = 12  # short, so that a panel can stop between two blocks, and a drift of the machine reaches everyone alike
-WARM_UP_MS = 100
+WARM_UP_MS = 250  # at most: a machine that is never steady is measured all the same, and called noisy
+LEAST_BUSY = 0.9  # of the wall time; below it other processes had the processor meanwhile
+STEADY = 0.05  # the difference between two groups of calls that are taken to be alike
+LONGEST_MS = 3_600_000.0  # no call takes an hour; a clock that says so was set, or slept
 FLOOR = 0.03  # no smaller difference is claimed, however narrow the interval: where weights lie in memory makes as much
-NOISY_FLOOR = 0.1  # where the times drifted while they were taken
+NOISY_FLOOR = 0.1  # where the machine was not quiet while they were taken
 RESAMPLES = 2000
 _RUNS = itertools.count(1)
+
+
+class ClockJumped(RuntimeError):
+    """A call seemed to take no time, less than none, or hours: the clock cannot be trusted, so nothing is reported."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Latency:
     batch: int
     threads: int
     run: int  # rounds of one run were taken in turns, and can be paired
+    busy: float | None = None  # processor time by wall time of the calls; None on a GPU
 
     @cached_property
     def samples_ms(self) -> np.ndarray:
@@ -63,14 +71,29 @@ class Latency:
         return self._percentile(90) if self.calls >= 100 else None
 
     @property
+    def p99_ms(self) -> float | None:
+        """The 99th percentile, or None below 1,000 calls, which are too few to know it."""
+        return self._percentile(99) if self.calls >= 1000 else None
+
+    @property
+    def iqr_ms(self) -> float:
+        """The interquartile range, from the 25th to the 75th percentile."""
+        return self.p75_ms - self.p25_ms
+
+    @property
     def images_per_second(self) -> float:
         return 1000 * self.batch / self.median_ms
 
     @property
     def noisy(self) -> bool:
-        """True when the medians of the first and the second half differ by more than a tenth."""
+        """True when the medians of the two halves differ by more than a tenth, or a tenth of the time went to others.
+
+        The latter is seen by the processor's time: a model that computes on the processor never waits by itself.
+        """
         if self.calls < 4:
             return False
+        if self.busy is not None and self.busy < LEAST_BUSY:
+            return True
         first, second = (float(np.median(half)) for half in np.array_split(self.samples_ms, 2))
         return abs(first - second) > 0.1 * min(first, second)
 
@@ -88,7 +111,10 @@ class Latency:
             "median_ms",
             "p25_ms",
             "p75_ms",
+            "iqr_ms",
             "p90_ms",
+            "p99_ms",
+            "busy",
             "noisy",
         )
         return {name: getattr(self, name) for name in names}
@@ -134,21 +160,21 @@ def measure(
 
     Ends after `calls` calls of each, rounded up to a full round; or after the first full round past `budget_s` seconds,
     but not before six. Between two blocks the number of threads and the garbage collector are as they were, so the
-    caller may draw, or close the generator.
+    caller may draw, or close the generator. Raises ClockJumped where a time cannot be true.
     """
     if not prepared or calls < 1:
         raise ValueError("measure needs at least one prepared model and one call.")
-    run, rounds, warm = next(_RUNS), [[] for _ in prepared], []
+    run, takers, warm = next(_RUNS), [_Taker(one) for one in prepared], []
     for one in prepared:
-        warm.append(_warm_up(one))
-        yield _snapshot(prepared, rounds, run)
+        warm.append(warm_up(one))
+        yield [taker.latency(run) for taker in takers]
     size = max(1, min(math.ceil(calls / ROUNDS), int(BLOCK_MS / max(warm))))  # one for all: equal calls, paired rounds
     start, rng = time.perf_counter(), np.random.default_rng(seed)
     for _ in range(math.ceil(calls / size)):
         for i in rng.permutation(len(prepared)):
-            rounds[i].append(_block(prepared[i], size, refresh=warm[i] < BLOCK_MS / 2))
-            yield _snapshot(prepared, rounds, run)
-        if budget_s is not None and len(rounds[0]) >= FEWEST_ROUNDS and time.perf_counter() - start > budget_s:
+            takers[i].take(size, refresh=warm[i] < BLOCK_MS / 2)
+            yield [taker.latency(run) for taker in takers]
+        if budget_s is not None and len(takers[0].rounds) >= FEWEST_ROUNDS and time.perf_counter() - start > budget_s:
             return
 
 
@@ -191,9 +217,34 @@ def _halves_agree(ratios: np.ndarray) -> bool:
     return bool((first > 1) == (second > 1))
 
 
+@dataclass
+class _Taker:
+    """Takes the times of one model, round after round, and the processor time that went into them."""
+
+    prepared: Prepared
+    rounds: list[tuple[float, ...]] = field(default_factory=list)
+    wall_s: float = 0.0
+    processor_s: float = 0.0
+
+    def take(self, size: int, refresh: bool) -> None:
+        with undisturbed(self.prepared.threads):
+            if refresh:
+                self.prepared.run()  # the model before it has left its own weights in the cache
+            processor, wall = time.process_time(), time.perf_counter()
+            taken = [self.prepared.timed() for _ in range(size)]
+            self.wall_s += time.perf_counter() - wall
+            self.processor_s += time.process_time() - processor
+        self.rounds.append(tuple(checked_ms(taken)))
+
+    def latency(self, run: int) -> Latency:
+        one = self.prepared
+        busy = self.processor_s / self.wall_s if self.wall_s and one.device == "cpu" else None
+        return Latency(tuple(self.rounds), one.runtime, one.precision, one.batch, one.threads, run, busy)
+
+
 @contextlib.contextmanager
-def _undisturbed(count: int) -> Iterator[None]:
-    """Hold the measuring lock, the number of threads and the garbage collector for the length of the block."""
+def undisturbed(count: int) -> Iterator[None]:
+    """Hold the measuring lock, torch's number of threads and the garbage collector for the length of the block."""
     with threads(count):
         collecting = gc.isenabled()
         gc.disable()
@@ -204,30 +255,30 @@ def _undisturbed(count: int) -> Iterator[None]:
                 gc.enable()
 
 
-def _warm_up(prepared: Prepared) -> float:
+def warm_up(prepared: Prepared) -> float:
     """Run until two neighboring groups of calls agree or time is up; return the quickest group, in ms for a call."""
-    with _undisturbed(prepared.threads):
-        start, groups = time.perf_counter(), [_group(prepared)]
-        while (time.perf_counter() - start) * 1000 < WARM_UP_MS:
+    with undisturbed(prepared.threads):
+        start, groups = time.perf_counter(), [_group(prepared), _group(prepared)]
+        while not _steady(*groups[-2:]) and (time.perf_counter() - start) * 1000 < WARM_UP_MS:
             groups.append(_group(prepared))
-            if abs(groups[-1] - groups[-2]) < 0.05 * groups[-1]:
-                break
-    return max(min(groups), 1e-6)
+    return min(groups)
+
+
+def checked_ms(taken: Sequence[float] | np.ndarray) -> Sequence[float] | np.ndarray:
+    """Return times in ms as they are; raises ClockJumped if one of them cannot be how long a call took."""
+    times_ms = np.asarray(taken)
+    wrong = times_ms[~((times_ms > 0) & (times_ms < LONGEST_MS))]  # NaN is wrong too
+    if not len(wrong):
+        return taken
+    raise ClockJumped(
+        f"The clock says that a call took {wrong[0]:,.6g} ms, which cannot be. Perhaps the machine slept, its clock was"
+        " set, or the model does nothing at all. Nothing of this run is reported; measure again."
+    )
+
+
+def _steady(first: float, second: float) -> bool:
+    return abs(first - second) < STEADY * second
 
 
 def _group(prepared: Prepared, size: int = 3) -> float:
-    return float(np.median([prepared.timed() for _ in range(size)]))
-
-
-def _block(prepared: Prepared, size: int, refresh: bool) -> tuple[float, ...]:
-    with _undisturbed(prepared.threads):
-        if refresh:
-            prepared.run()  # the model before it has left its own weights in the cache
-        return tuple(prepared.timed() for _ in range(size))
-
-
-def _snapshot(prepared: Sequence[Prepared], rounds: list[list], run: int) -> list[Latency]:
-    return [
-        Latency(tuple(done), one.runtime, one.precision, one.batch, one.threads, run)
-        for one, done in zip(prepared, rounds, strict=True)
-    ]
+    return float(np.median(checked_ms([prepared.timed() for _ in range(size)])))

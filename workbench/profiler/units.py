@@ -16,14 +16,24 @@ def times(value: float) -> str:
 
 
 def size(count: float) -> str:
-    """Write a number of bytes with three digits: 412 kB, 2.18 MB."""
-    for unit, factor in (("MB", 1e6), ("kB", 1e3)):
+    """Write a number of bytes with three digits: 412 kB, 2.18 MB, 13.0 GB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
             value = count / factor
             return f"{value:.{max(0, 2 - int(math.log10(value)))}f} {unit}"
     return f"{count:.0f} bytes"
 
 
+def duration(ms: float) -> str:
+    """Write a time with three digits: 2.36 ms, 14.6 µs."""
+    return f"{ms:.3g} ms" if ms >= 0.1 else f"{1000 * ms:.3g} µs"
+
+
 def listed(names: list[str]) -> str:
     """Join names as a sentence does: a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """Write a count with its noun: 1 image, 1,024 images, 2 queries."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"

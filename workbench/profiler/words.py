@@ -55,7 +55,7 @@ def _about_accuracy(profile: Profile) -> Iterator[str]:
 
 
 def _about_run(profile: Profile, run: Run) -> Iterator[str]:
-    noisy = " The times drifted while they were measured, so take them with care." if run.latency.noisy else ""
+    noisy = " The machine was not quiet meanwhile, so take these times with care." if run.latency.noisy else ""
     text = f"{run.runtime} computes in {run.latency.precision} and takes {run.latency}"
     if run.ratio is not None:
         text += f", {_against(run.ratio, 'the baseline there')}"
@@ -64,7 +64,7 @@ def _about_run(profile: Profile, run: Run) -> Iterator[str]:
             rival = f"the baseline on {best.runtime}, its best fp32 runtime"
             text += f", and {_against(profile.ratio_to_best(run), rival)}"
     yield f"{text}.{noisy}"
-    if run.difference > 0.05:
+    if run.difference is not None and run.difference > 0.05:
         yield f"{run.runtime} gives outputs up to {100 * run.difference:.0f} % of the largest one away from torch's."
 
 
@@ -74,7 +74,10 @@ def _against(ratio, rival: str) -> str:
 
 def _about_memory(profile: Profile) -> Iterator[str]:
     own = profile.model.peak_activation_bytes
-    versus = f", the baseline's {size(profile.baseline.peak_activation_bytes)}" if profile.baseline else ""
+    other = profile.baseline.peak_activation_bytes if profile.baseline else None
+    if own is None:
+        return
+    versus = f", the baseline's {size(other)}" if other is not None else ""
     yield f"Activations take at most {size(own)} at a time in torch eager, by its allocator{versus}."
 
 

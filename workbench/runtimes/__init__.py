@@ -6,9 +6,10 @@ really compute in: a model that was quantized to 8 bits is not thereby an 8-bit 
 
 import torch
 
-from workbench.runtimes.base import MEASURING, Kernel, Prepared, Runtime, RuntimeFailed, threads
+from workbench.runtimes.base import MEASURING, Kernel, Prepared, Runtime, RuntimeFailed, steady_outputs, threads
 from workbench.runtimes.cuda import Cuda
 from workbench.runtimes.eager import Eager, bake, is_fake_quantized
+from workbench.runtimes.files import ModelFile, is_model_file, read_model_file
 from workbench.runtimes.onnx import OnnxRuntime
 from workbench.runtimes.openvino import OpenVINO
 
@@ -39,12 +40,16 @@ __all__ = [
     "MEASURING",
     "RUNTIMES",
     "Kernel",
+    "ModelFile",
     "Prepared",
     "Runtime",
     "RuntimeFailed",
     "available_runtimes",
     "bake",
     "is_fake_quantized",
+    "is_model_file",
+    "read_model_file",
     "runtime",
+    "steady_outputs",
     "threads",
 ]

@@ -7,12 +7,15 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from workbench.surgery import clone
+
+if TYPE_CHECKING:
+    from workbench.runtimes.files import ModelFile
 
 MEASURING = threading.RLock()  # one measurement at a time: two would slow each other down, and the figures with them
 
@@ -62,7 +65,7 @@ class Prepared:
     precision = "fp32"
     kernels: tuple[Kernel, ...] = ()
     note = ""
-    difference = 0.0  # largest difference from torch eager on the example, relative to the largest output
+    difference: float | None = 0.0  # largest from torch eager on the example, by the largest output; None for a file
 
     def __init__(self, runtime: Runtime, example: Tensor, threads: int):
         self.runtime, self.device = runtime.name, runtime.device
@@ -102,27 +105,35 @@ class Runtime:
         """Return (True, "") or (False, why not)."""
         return True, ""
 
-    def prepare(self, model: nn.Module, example: Tensor, threads: int = 1) -> Prepared:
-        """Return a copy of `model` made ready for inputs shaped like `example`; raises RuntimeFailed saying why not."""
+    def prepare(self, model: nn.Module | ModelFile, example: Tensor, threads: int = 1) -> Prepared:
+        """Return a copy of `model` made ready for inputs shaped like `example`; raises RuntimeFailed saying why not.
+
+        A model in a file of another program runs on the runtimes that read such files.
+        """
         here, why_not = self.available()
         if not here:
             raise RuntimeFailed(f"The runtime {self.name} cannot be used: {why_not}.")
-        model = clone(model)  # in eval mode: a model in training would update its statistics and drop values
         if threads < 1 or len(example) < 1:
             raise RuntimeFailed(f"Measuring takes at least one thread and one image, not {threads} and {len(example)}.")
         try:
             with using_threads(threads), quiet(), torch.inference_mode():
-                expected = _steady_outputs(model, example)
+                if not isinstance(model, nn.Module):
+                    return self._prepare_file(model, example, threads)
+                model = clone(model)  # in eval mode: a model in training would update its statistics and drop values
+                expected = steady_outputs(model, example)
                 prepared = self._prepare(model, example, threads)
                 prepared.compare(expected)
                 return prepared
         except RuntimeFailed:
             raise
         except Exception as error:
-            raise RuntimeFailed(f"The runtime {self.name} cannot run this model: {_cause(error)}") from error
+            raise RuntimeFailed(f"The runtime {self.name} cannot run this model: {cause(error)}") from error
 
     def _prepare(self, model: nn.Module, example: Tensor, threads: int) -> Prepared:
         raise NotImplementedError
+
+    def _prepare_file(self, file: ModelFile, example: Tensor, threads: int) -> Prepared:
+        raise RuntimeFailed(f"The runtime {self.name} runs torch models, and {file.path.name} is {file.format}.")
 
     def __repr__(self) -> str:
         return f"<runtime {self.name}>"
@@ -134,15 +145,18 @@ def outputs(model: nn.Module, example: Tensor) -> Tensor:
         with torch.inference_mode():
             result = model(example)
     except Exception as error:
-        raise RuntimeFailed(f"The model fails on an input of shape {tuple(example.shape)}: {_cause(error)}") from error
+        raise RuntimeFailed(f"The model fails on an input of shape {tuple(example.shape)}: {cause(error)}") from error
     if not isinstance(result, Tensor):
         kind = type(result).__name__
         raise RuntimeFailed(f"The model returns a {kind}; wrap it so that it returns one tensor of scores per class.")
     return result
 
 
-def _steady_outputs(model: nn.Module, example: Tensor) -> Tensor:
-    """Run the model twice in eager, so that a mistake in the model is not taken for one of the runtime."""
+def steady_outputs(model: nn.Module, example: Tensor) -> Tensor:
+    """Run the model twice in eager, so that a mistake in the model is not taken for one of the runtime.
+
+    Raises RuntimeFailed if the model raises, returns no tensor, or gives outputs of changing shape.
+    """
     first, second = outputs(model, example), outputs(model, example)
     if first.shape != second.shape:
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
@@ -150,7 +164,8 @@ def _steady_outputs(model: nn.Module, example: Tensor) -> Tensor:
     return first
 
 
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
+    """Return the kind of an error and the first of what it says, on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}, {' '.join(lines[:2])[:300] or 'no reason was given'}"
 

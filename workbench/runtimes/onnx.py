@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.runtimes.base import Kernel, Prepared, Runtime, precisions, quiet
+from workbench.runtimes.base import Kernel, Prepared, Runtime, RuntimeFailed, precisions, quiet
 from workbench.runtimes.eager import bake, is_fake_quantized
+from workbench.runtimes.files import ModelFile
 from workbench.surgery import clone
 from workbench.weights import FakeQuantize, InputQuantizer, WeightCode, describe, split_groups
 
@@ -146,28 +147,31 @@ def session(source: bytes | str, threads: int = 1, optimized: str | None = None)
 class PreparedOnnxRuntime(Prepared):
     """A session of ONNX Runtime; batches of other sizes run in the same one."""
 
-    def __init__(self, runtime: Runtime, model: nn.Module, example: Tensor, threads: int):
+    def __init__(self, runtime: Runtime, model: nn.Module | ModelFile, example: Tensor, threads: int):
         super().__init__(runtime, example, threads)
+        named = isinstance(model, ModelFile)
+        self._takes = (model.input_name, model.dtype) if named else ("input", torch.float32)
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "runs.onnx")
-            self._session = session(onnx_model(model, example).SerializeToString(), threads, path)
+            source = str(model.path) if named else onnx_model(model, example).SerializeToString()
+            self._session = session(source, threads, path)
             self.kernels = tuple(_kernels(path))
         self.precision = precisions([kernel.precision for kernel in self.kernels])
-        self._feed = feed(example)
-        if is_fake_quantized(model):
+        self._feed = feed(example, *self._takes)
+        if not named and is_fake_quantized(model):
             fast = sum(kernel.precision == "int8" for kernel in self.kernels)
             self.note = f"{fast} of {len(self.kernels)} layers run int8 kernels"
 
     def __call__(self, batch: Tensor) -> Tensor:
-        return torch.from_numpy(self._session.run(None, feed(batch))[0])
+        return torch.from_numpy(self._session.run(None, feed(batch, *self._takes))[0])
 
     def run(self) -> None:
         self._session.run(None, self._feed)
 
 
-def feed(batch: Tensor) -> dict:
+def feed(batch: Tensor, name: str = "input", dtype: torch.dtype = torch.float32) -> dict:
     """Return what a session takes for this batch."""
-    return {"input": batch.detach().float().contiguous().numpy()}
+    return {name: batch.detach().to(dtype).contiguous().numpy()}
 
 
 def _kernels(path: str) -> Iterator[Kernel]:
@@ -193,3 +197,11 @@ class OnnxRuntime(Runtime):
 
     def _prepare(self, model, example, threads):
         return PreparedOnnxRuntime(self, model, example, threads)
+
+    def _prepare_file(self, file, example, threads):
+        if file.format != "ONNX":
+            raise RuntimeFailed(f"The runtime {self.name} reads ONNX, and {file.path.name} is {file.format}.")
+        prepared = PreparedOnnxRuntime(self, file, example, threads)
+        prepared.difference = None
+        prepared.run()
+        return prepared

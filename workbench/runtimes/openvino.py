@@ -10,8 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from workbench.runtimes.base import Kernel, Prepared, Runtime, precisions
+from workbench.runtimes.base import Kernel, Prepared, Runtime, precisions, quiet
 from workbench.runtimes.eager import is_fake_quantized
+from workbench.runtimes.files import ModelFile, graph_of
 from workbench.surgery import clone, weighted_layers
 from workbench.weights import bake_weights
 
@@ -30,24 +31,44 @@ def _core():
 class PreparedOpenVINO(Prepared):
     """A model compiled for one input shape; batches of other shapes are compiled when they come."""
 
-    def __init__(self, runtime: Runtime, model: nn.Module, example: Tensor, threads: int):
+    def __init__(self, runtime: OpenVINO, model: nn.Module | ModelFile, example: Tensor, threads: int):
         super().__init__(runtime, example, threads)
-        self.model = runnable(model)
+        self.model, self._floats = runnable(model), runtime.floats
+        self._dtype = model.dtype if isinstance(model, ModelFile) else torch.float32
         self._requests = {}
         self._request = self._filled(example)
-        self.kernels = tuple(_kernels(self._request.get_compiled_model(), _calls(self.model, example), len(example)))
+        self.kernels = tuple(self.multiplying(self._request).values())
         self.precision = precisions([kernel.precision for kernel in self.kernels])
-        self.note = self._note(is_fake_quantized(model))
+        self.note = self._note(isinstance(model, nn.Module) and is_fake_quantized(model))
 
     def _filled(self, batch: Tensor):
         import openvino
 
         shape = tuple(batch.shape)
         if shape not in self._requests:
-            self._requests[shape] = compiled(converted(self.model, batch), self.threads).create_infer_request()
+            made = compiled(converted(self.model, batch), self.threads, self._floats)
+            self._requests[shape] = made.create_infer_request()
         request = self._requests[shape]
-        request.set_input_tensor(openvino.Tensor(batch.detach().float().contiguous().numpy(), shared_memory=False))
+        batch = batch.detach().to(self._dtype).contiguous()
+        request.set_input_tensor(openvino.Tensor(batch.numpy(), shared_memory=False))
         return request
+
+    def counting(self, copies: int) -> list:
+        """Return requests of the same model, filled with the example, that count the time of each operation."""
+        import openvino
+
+        with quiet():
+            made = converted(self.model, self.example)
+        how, numbers = (self.threads, self._floats), self.example.detach().to(self._dtype).contiguous().numpy()
+        requests = [compiled(made, *how, counters=True).create_infer_request() for _ in range(copies)]
+        for request in requests:
+            request.set_input_tensor(openvino.Tensor(numbers))
+        return requests
+
+    def multiplying(self, request) -> dict[str, Kernel]:
+        """Return the multiplying layers of a request of this model by the names that its counters go by."""
+        found = _multiplying(request.get_compiled_model(), _calls(self.model, self.example), self.batch)
+        return {node.get_friendly_name(): kernel for node, kernel in found}
 
     def __call__(self, batch: Tensor) -> Tensor:
         request = self._filled(batch)
@@ -66,9 +87,10 @@ class PreparedOpenVINO(Prepared):
 
 
 class OpenVINO(Runtime):
-    """Intel's inference engine on the processor, told to compute in fp32 wherever the model is not quantized."""
+    """Intel's inference engine on the processor, told to compute in `floats` wherever the model is not quantized."""
 
-    name = "openvino"
+    def __init__(self, name: str = "openvino", floats: str = "f32"):
+        self.name, self.floats = name, floats
 
     def available(self):
         try:
@@ -80,13 +102,21 @@ class OpenVINO(Runtime):
     def _prepare(self, model, example, threads):
         return PreparedOpenVINO(self, model, example, threads)
 
+    def _prepare_file(self, file, example, threads):
+        prepared = PreparedOpenVINO(self, file, example, threads)
+        prepared.difference = None
+        prepared.run()
+        return prepared
 
-def runnable(model: nn.Module) -> nn.Module:
+
+def runnable(model: nn.Module | ModelFile) -> nn.Module | ModelFile:
     """Return a copy of `model` in which only what becomes an integer kernel is still computed from something else."""
+    if isinstance(model, ModelFile):
+        return model
     return bake_weights(clone(model), keep_quantizers=True).requires_grad_(False)
 
 
-def converted(model: nn.Module, example: Tensor, any_batch: bool = False):
+def converted(model: nn.Module | ModelFile, example: Tensor, any_batch: bool = False):
     """Return the OpenVINO model of a `runnable` model for the shape of `example`, or for batches of any size of it.
 
     Tracing a function instead of the module skips scripting every submodule, and the frontend is called directly:
@@ -94,6 +124,8 @@ def converted(model: nn.Module, example: Tensor, any_batch: bool = False):
     """
     import openvino
 
+    if isinstance(model, ModelFile):
+        return _named_once(graph_of(model, example))
     with torch.no_grad():
         traced = torch.jit.trace(lambda batch: model(batch), example, check_trace=False)
     shape = [-1 if any_batch else len(example), *example.shape[1:]]
@@ -102,6 +134,14 @@ def converted(model: nn.Module, example: Tensor, any_batch: bool = False):
     except Exception as error:
         logging.getLogger(__name__).info("Direct conversion failed (%s); using openvino.convert_model.", error)
         return openvino.convert_model(traced, example_input=example, input=[shape])
+
+
+def _named_once(graph):
+    """Return the graph after the fusions that the compiler makes first: else each compilation names what it fused anew."""
+    from openvino._offline_transformations import apply_moc_transformations
+
+    apply_moc_transformations(graph, cf=False)
+    return graph
 
 
 def _convert_directly(traced, example: Tensor, shape: list[int]):
@@ -118,19 +158,28 @@ def _convert_directly(traced, example: Tensor, shape: list[int]):
     return made
 
 
-def compiled(converted, threads: int):
-    """Return the compiled model, which computes in fp32 wherever the model is not quantized."""
+def compiled(converted, threads: int, floats: str = "f32", counters: bool = False):
+    """Return the compiled model, which computes in `floats`, "f32" or "bf16", wherever the model is not quantized.
+
+    `counters` time each of its operations.
+    """
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",  # else bf16 wherever the processor has it, unasked
+        "INFERENCE_PRECISION_HINT": floats,  # else bf16 wherever the processor has it, unasked
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else activations of weight-only models are quantized, unasked
+        "PERF_COUNT": counters,
     }
     return _core().compile_model(converted, "CPU", settings)
 
 
-def _calls(model: nn.Module, example: Tensor) -> list[tuple[str, int]]:
-    """Return (layer, number of output values) of each call of a linear or convolution layer on one image, in order."""
+def _calls(model: nn.Module | ModelFile, example: Tensor) -> list[tuple[str, int]]:
+    """Return (layer, number of output values) of each call of a linear or convolution layer on one image, in order.
+
+    A file's layers are those that it names.
+    """
+    if isinstance(model, ModelFile):
+        return [(layer.name, math.prod(layer.output_shape)) for layer in model.layers(example)]
     calls, hooks = [], []
     for name, layer in weighted_layers(model):
         hook = lambda _layer, _args, output, name=name: calls.append((name, output.numel()))
@@ -143,8 +192,8 @@ def _calls(model: nn.Module, example: Tensor) -> list[tuple[str, int]]:
     return calls
 
 
-def _kernels(compiled, calls: list[tuple[str, int]], batch: int) -> Iterator[Kernel]:
-    """Read the multiplying layers of a compiled model, each named after the next torch layer with as many outputs."""
+def _multiplying(compiled, calls: list[tuple[str, int]], batch: int) -> Iterator[tuple]:
+    """Yield (operation, Kernel) of each multiplying layer, named after the next torch layer with as many outputs."""
     waiting = list(calls)
     for node in compiled.get_runtime_model().get_ordered_ops():
         kind = _info(node, "layerType")
@@ -155,7 +204,38 @@ def _kernels(compiled, calls: list[tuple[str, int]], batch: int) -> Iterator[Ker
         if match:
             waiting.remove(match)
         name = match[0] if match else node.get_friendly_name()
-        yield Kernel(name, _precision(node), _implementation(node))
+        yield node, Kernel(name, _precision(node), _implementation(node))
+
+
+def executed(compiled, names: set[str]) -> Iterator[tuple[str, dict, int]]:
+    """Yield (name, what is known of it, number of output values) of those operations of a compiled model."""
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        if node.get_friendly_name() in names:
+            weights, activations = _moved(node)
+            operation = {
+                "kind": _info(node, "layerType"),
+                "weight_bytes": weights,
+                "activation_bytes": activations,
+                "precision": _precision(node),
+                "implementation": _implementation(node),
+            }
+            yield node.get_friendly_name(), operation, math.prod(node.get_output_shape(0))
+
+
+def _moved(node) -> tuple[int, int]:
+    """Return the bytes of an operation's constants, and of its other inputs and its outputs."""
+    weights, activations = 0, sum(_bytes(port) for port in node.outputs())
+    for port in node.inputs():
+        source = port.get_source_output()
+        if _info(source.get_node(), "layerType") == "Const":
+            weights += _bytes(source)
+        else:
+            activations += _bytes(source)
+    return weights, activations
+
+
+def _bytes(port) -> int:
+    return math.prod(port.get_shape()) * port.get_element_type().bitwidth // 8
 
 
 def _precision(node) -> str:

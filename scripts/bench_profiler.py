@@ -1,0 +1,157 @@
+"""Put the profiler to the test on this machine: `python scripts/bench_profiler.py` prints what held, else fails.
+
+On glyphs-cnn and five models of torchvision: ten repeated medians within 5 % of their middle, or called noisy;
+agreement with `torch.utils.benchmark` within 5 %, timed in turns; at most 2 % more time for timed calls than for the
+same calls by themselves. On glyphs-cnn in fp32 and int8: the order of the scenarios, and the server's bound. A machine
+that does other work meanwhile misses some of these, so the last line tells its load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.utils import benchmark
+
+import workbench as wb
+from workbench.profiler import environment, latency, scenarios
+from workbench.profiler.timing import undisturbed
+from workbench.runtimes import Prepared, runtime
+
+MODELS = ("glyphs-cnn", "resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "squeezenet1_1", "mnasnet0_5")
+REPEATS, FEWEST_ALIKE = 10, 9
+ALIKE, OVERHEAD = 0.05, 0.02
+PAIRS_S = 4.0  # of calls in turns, for the median of their ratios
+SHORTEST_MS = 4.0  # of the calls that make one half of a pair: far above what one look at the clock takes
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One claim, what was found, and whether it held."""
+
+    model: str
+    claim: str
+    found: str
+    held: bool
+
+    def __str__(self) -> str:
+        return f"{'held' if self.held else 'MISSED':<8}{self.model:<20}{self.claim:<32}{self.found}"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--model", action="append", choices=MODELS, help="only this one; may be repeated")
+    options.add_argument("--runtime", default="openvino", help="default: openvino")
+    options.add_argument("--calls", type=int, default=100, help="calls of one of the repeated runs")
+    options.add_argument("--json", type=Path, help="write the findings to this file too")
+    chosen = options.parse_args()
+    found = []
+    for finding in findings(chosen.model or MODELS, chosen.runtime, chosen.calls):
+        found.append(finding)
+        print(finding, flush=True)
+    place = environment()
+    print(f"\nOn {place}; load {place.load}.")
+    if chosen.json:
+        held = {"environment": place.to_dict(), "findings": [asdict(one) for one in found]}
+        chosen.json.write_text(json.dumps(held, indent=1) + "\n")
+    sys.exit(not all(finding.held for finding in found))
+
+
+def findings(names, runtime_name: str, calls: int) -> Iterator[Finding]:
+    """Yield what was found of each model, one claim after another."""
+    for name in names:
+        prepared = runtime(runtime_name).prepare(*subject(name))
+        yield repeated_medians(name, prepared, calls)
+        ratio = agreement(prepared)
+        yield Finding(name, "agrees with torch's benchmark", f"{ratio:.3f} of theirs", abs(ratio - 1) <= ALIKE)
+        more = overhead(prepared)
+        yield Finding(name, "timing costs little", f"{100 * more:+.2f} % of the time", more <= OVERHEAD)
+    if "glyphs-cnn" in names:
+        yield from scenario_order(runtime_name)
+
+
+def subject(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    """Return a model and one image for it."""
+    if name in wb.MODELS:
+        return wb.load_model(name), wb.load_data("glyphs").example(1)
+    import torchvision
+
+    torch.manual_seed(0)
+    return torchvision.models.get_model(name).eval(), torch.randn(1, 3, 224, 224)
+
+
+def repeated_medians(name: str, prepared: Prepared, calls: int) -> Finding:
+    """Measure ten times, and count the medians that are near their middle or were called noisy."""
+    runs = [latency(prepared, calls) for _ in range(REPEATS)]
+    middle = statistics.median(run.median_ms for run in runs)
+    near = [abs(run.median_ms - middle) <= ALIKE * middle for run in runs]
+    noisy = sum(run.noisy for run, close in zip(runs, near, strict=True) if not close)
+    words = f"{sum(near)} of {REPEATS} near {middle:.3g} ms, {noisy} of the others called noisy"
+    return Finding(name, "repeats itself", words, sum(near) + noisy >= FEWEST_ALIKE)
+
+
+def agreement(prepared: Prepared, seconds: float = PAIRS_S) -> float:
+    """Return our median by that of `torch.utils.benchmark`, of single calls that were taken in turns."""
+    timer = benchmark.Timer("run()", globals={"run": prepared.run}, num_threads=prepared.threads)
+    ours, theirs, until = [], [], time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        theirs.append(timer.timeit(1))  # with two calls before it that are not counted, as ours has one
+        with undisturbed(prepared.threads):
+            prepared.run()
+            ours.append(prepared.timed())
+    return statistics.median(ours) / (1000 * benchmark.Measurement.merge(theirs)[0].median)
+
+
+def overhead(prepared: Prepared, seconds: float = PAIRS_S) -> float:
+    """Return how much longer timed calls take than the same calls by themselves, as a part of the latter."""
+    count = max(1, round(SHORTEST_MS / latency(prepared, 10).median_ms))
+    ratios, until = [], time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        with undisturbed(prepared.threads):
+            prepared.run()
+            ratios.append(_spent(prepared.timed, count) / _spent(prepared.run, count))
+    return statistics.median(ratios) - 1
+
+
+def _spent(act: Callable, count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        act()
+    return time.perf_counter() - start
+
+
+def scenario_order(runtime_name: str) -> Iterator[Finding]:
+    """Yield whether the scenarios of glyphs-cnn stand in the expected order, in fp32 and int8."""
+    model, data = wb.load_model("glyphs-cnn"), wb.load_data("glyphs")
+    models = {"fp32": model, "int8": wb.Quantization(weight_bits=8).compress(model, data)}
+    found = {}
+    for precision, one in models.items():
+        for found[precision] in scenarios(one, data.example(64), runtime_name):
+            pass
+        yield from _ordered(f"glyphs-cnn {precision}", found[precision])
+    rates = {name: [found[p][name].images_per_second for p in models] for name in found["fp32"]}
+    words = ", ".join(f"{name} {int8 / fp32:.2f}×" for name, (fp32, int8) in rates.items())
+    yield Finding("glyphs-cnn", "int8 answers more", words, all(int8 > fp32 for fp32, int8 in rates.values()))
+
+
+def _ordered(name: str, found: dict) -> Iterator[Finding]:
+    alone, served, bulk = (found[scenario] for scenario in ("single stream", "server", "offline"))
+    rates = [round(one.images_per_second) for one in (bulk, alone, served)]
+    words = "offline {:,}, single stream {:,}, server {:,} images/s".format(*rates)
+    yield Finding(name, "order of throughput", words, rates == sorted(rates, reverse=True))
+    words = f"median alone {alone.p50_ms:.3g} ms, served {served.p50_ms:.3g} ms"
+    yield Finding(name, "waiting in a queue takes time", words, alone.p50_ms < served.p50_ms)
+    tail = "unknown" if served.p99_ms is None else f"{served.p99_ms:.3g} ms"
+    words = f"p99 {tail} at 80 % of capacity, bound {served.bound_ms:.3g} ms"
+    yield Finding(name, "server keeps its bound", words, served.kept is True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""Time by layer, the machine's roofs, and verdicts on models made on purpose: removing the cause makes them faster."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from test_runtimes import images, quantized, vgg
+from torch import nn
+
+from workbench.profiler import (
+    KINDS,
+    Limits,
+    Roofline,
+    Taken,
+    Verdict,
+    latencies,
+    layer_costs,
+    layer_times,
+    measure_roofline,
+    points,
+    roofline,
+    verdicts,
+    whole_verdict,
+)
+from workbench.profiler.roofline import cache_sizes
+from workbench.runtimes import RuntimeFailed, runtime
+from workbench.runtimes.layers import layers_inside
+from workbench.surgery import clone, weighted_layers
+from workbench.weights import Mask, parametrize_weight
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: its events cannot be read")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """Remember the roofs of this run only, not in the user's own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("platformdirs.user_cache_path", lambda *_: tmp_path_factory.getbasetemp())
+        yield
+
+
+def often(check, tries=4):
+    """Return whether `check()` holds in one of a few tries: another process may disturb some of them."""
+    return any(check() for _ in range(tries))
+
+
+def speedup(quick, slow, name, example, quick_example=None):
+    """Return how many times more images a second `quick` runs than `slow`, timed in turns."""
+    pairs = [(quick, example if quick_example is None else quick_example), (slow, example)]
+    ready = [runtime(name).prepare(model, batch) for model, batch in pairs]
+    fast, base = latencies(ready, calls=40, budget_s=1.0)
+    return fast.images_per_second / base.images_per_second
+
+
+def by_layer(model, example, name="eager", **options):
+    """Return the verdict on the whole and those on the layers, by name."""
+    whole, *each = verdicts(model.eval(), example, runtime=name, **options)
+    assert whole.layer is None and all(one.kind in KINDS for one in [whole, *each])
+    return whole, {one.layer: one for one in each}
+
+
+def tiny_layers(depth=40):
+    return nn.Sequential(*[layer for _ in range(depth) for layer in (nn.Linear(16, 16), nn.ReLU())]).eval()
+
+
+def convolution(channels):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()).eval()
+
+
+def sparse(model, kept=0.3):
+    model = clone(model)
+    for _, layer in weighted_layers(model):
+        parametrize_weight(layer, Mask(torch.rand(layer.weight.shape, generator=torch.manual_seed(0)) < kept))
+    return model
+
+
+# --- time by layer -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["eager", "eager channels-last", "openvino"])
+def test_layers_and_what_lies_outside_add_up_to_the_whole(name):
+    def close():
+        found = layer_times(vgg(32), images(), name)
+        assert sum(layer.ms for layer in found.layers) + found.outside_ms == pytest.approx(found.total_ms)
+        assert sum(layer.share for layer in found.layers) == pytest.approx(1 - found.outside_ms / found.total_ms)
+        json.dumps(found.to_dict())
+        return abs(found.outside_ms) < 0.25 * found.total_ms
+
+    assert often(close, tries=6)
+
+
+@pytest.mark.parametrize("name", ["eager", "openvino"])
+def test_layers_carry_the_names_and_costs_of_torch(name):
+    model, example = vgg(), images(2)
+    found = {layer.name: layer for layer in layer_times(model, example, name).layers}
+    for cost in layer_costs(model, example):
+        layer = found[cost.name]
+        assert (layer.kind, layer.macs, layer.precision) == (cost.kind, 2 * cost.macs, "fp32")
+        assert layer.weight_bytes >= 4 * model.get_submodule(cost.name).weight.numel()
+        assert layer.activation_bytes > 4 * 2 * math.prod(cost.output_shape[1:])
+
+
+def test_a_slow_layer_is_the_one_that_is_found():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2048), nn.Linear(2048, 2048), nn.Linear(2048, 8))
+    found = layer_times(model, torch.zeros(4, 64))
+    assert found.slowest(1)[0].name == "2"
+
+
+def test_what_hangs_on_a_layer_is_timed_beside_it():
+    found = layer_times(quantized(vgg()), images())
+    names = [layer.name for layer in found.layers]
+    assert "0.input_quantizer" in names and names.index("0.input_quantizer") < names.index("0")
+
+
+def test_integer_kernels_take_a_quarter_of_the_bytes():
+    plain, small = (layer_times(model, images(), "openvino") for model in (vgg(32), quantized(vgg(32))))
+    weights = lambda times, name: next(layer.weight_bytes for layer in times.layers if layer.name == name)
+    assert small.precision == "int8"
+    assert weights(plain, "4") > 3 * weights(small, "4")
+
+
+def test_attention_is_one_layer_and_containers_are_none():
+    model = nn.Sequential(nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2)}), nn.Sequential(nn.Linear(16, 4)))
+    assert [name for name, _ in layers_inside(model)] == ["0.attention", "1.0"]
+
+
+def test_a_runtime_without_layers_says_so():
+    pytest.importorskip("onnxruntime", reason="the runtime that shows no layers is not installed")
+    pytest.importorskip("onnx", reason="the runtime that shows no layers is not installed")
+    with pytest.raises(RuntimeFailed, match="does not show its layers; choose eager, openvino or cuda"):
+        layer_times(vgg(), images(), "onnxruntime")
+
+
+@needs_gpu
+def test_events_time_the_layers_on_a_gpu():
+    found = layer_times(vgg(64), images(64), "cuda")
+    assert all(layer.ms > 0 for layer in found.layers)
+    assert found.slowest(1)[0].kind == "Conv2d"
+
+
+# --- roofs ---------------------------------------------------------------------------------------------------------
+
+
+def test_roofs_are_measured_once_and_then_remembered(monkeypatch):
+    first = roofline()
+    assert first.peaks["fp32"] > 0 and first.bandwidths["memory"] > 0
+    module = sys.modules["workbench.profiler.roofline"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(module, "measure_roofline", lambda threads: pytest.fail("measured again"))
+    assert roofline() == first
+
+
+def test_measuring_roofs_yields_what_is_known_so_far():
+    running = measure_roofline()
+    known = [len(next(running).tried) for _ in range(3)]
+    running.close()
+    assert known == [1, 2, 3]
+
+
+def test_nearer_levels_are_quicker():
+    found = roofline()
+    levels = [level for level in ("L1", "L2", "memory") if level in found.bandwidths]
+    rates = [found.bandwidths[level] for level in levels]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_a_roof_is_the_lower_of_two_and_data_rests_in_the_nearest_level():
+    roofs = Roofline({"fp32": 100.0}, {"L1": 50.0, "memory": 10.0}, 1, "", {}, {"L1": 1000, "L2": 10_000})
+    assert roofs.attainable(1) == 10 and roofs.attainable(1, level="L1") == 50 and roofs.attainable(1000) == 100
+    assert [roofs.level(size) for size in (500, 1000, 5000)] == ["L1", "L1", "memory"]
+
+
+def test_cache_sizes_are_read(tmp_path):
+    for index, (kind, level, size) in enumerate([("Data", 1, "48K"), ("Instruction", 1, "32K"), ("Unified", 2, "2M")]):
+        folder = tmp_path / f"index{index}"
+        folder.mkdir()
+        for name, value in (("type", kind), ("level", level), ("size", size)):
+            (folder / name).write_text(f"{value}\n")
+    assert cache_sizes(str(tmp_path)) == {"L1": 48 * 1024, "L2": 2 * 2**20}
+    assert cache_sizes(str(tmp_path / "missing")) == {}
+
+
+def test_layers_become_points_under_the_roofs():
+    found = layer_times(vgg(32), images(4))
+    shown = points(found)
+    assert [point.name for point in shown] == [name for name, _ in weighted_layers(vgg(32))]
+    one = next(layer for layer in found.layers if layer.name == "4")
+    assert shown[1].gflops == pytest.approx(2 * one.macs / (one.ms / 1000) / 1e9)
+    assert shown[1].intensity == pytest.approx(2 * one.macs / (one.weight_bytes + one.activation_bytes))
+
+
+# --- verdicts on models made on purpose ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["eager", "openvino"])
+def test_tiny_layers_are_launch_bound_and_more_images_a_call_help(name):
+    example = torch.zeros(1, 16)
+    whole, each = by_layer(tiny_layers(), example, name)
+    assert whole.kind == "launch-bound" and {one.kind for one in each.values()} == {"launch-bound"}
+    assert often(lambda: speedup(tiny_layers(), tiny_layers(), name, example, torch.zeros(16, 16)) > 4)
+
+
+@pytest.mark.parametrize("name", ["eager", "openvino"])
+def test_a_wide_linear_layer_at_batch_1_is_memory_bound_and_fewer_bytes_help(name):
+    wide, example = nn.Sequential(nn.Linear(4096, 4096)).eval(), torch.zeros(1, 4096)
+    whole, each = by_layer(wide, example, name)
+    assert whole.kind == each["0"].kind == "memory-bound"
+    factors = nn.Sequential(nn.Linear(4096, 256, bias=False), nn.Linear(256, 4096)).eval()
+    assert often(lambda: speedup(factors, wide, name, example) > 2)
+    assert often(lambda: speedup(wide, wide, name, example, torch.zeros(8, 4096)) > 2)
+
+
+@pytest.mark.parametrize("name", ["eager", "openvino"])
+def test_a_large_convolution_at_batch_64_is_compute_bound_and_fewer_operations_help(name):
+    example = torch.zeros(64, 64, 14, 14)
+    whole, each = by_layer(convolution(64), example, name)
+    assert whole.kind == each["0"].kind == "compute-bound"
+    assert often(lambda: speedup(convolution(32), convolution(64), name, example, example[:, :32].contiguous()) > 1.5)
+
+
+def test_a_4_bit_convolution_has_no_kernel_and_8_bits_with_integer_inputs_help():
+    model = vgg(32)
+    four, eight = quantized(model, 4, activations=False), quantized(model, 8)
+    whole, each = by_layer(four, images(), "openvino", baseline=model)
+    assert whole.kind == each["4"].kind == "no kernel" and "4-bit" in whole.evidence
+    assert often(lambda: speedup(eight, four, "openvino", images()) > 1.2)
+
+
+def test_4_bits_that_run_in_int8_are_named():
+    _, each = by_layer(quantized(vgg(32), 4), images(), "openvino")
+    assert each["4"].kind == "no kernel" and "computes them in int8" in each["4"].evidence
+
+
+def test_rounded_weights_alone_fall_back_to_fp32_and_rounding_inputs_helps():
+    model = vgg(32)
+    weights, both = quantized(model, 8, activations=False), quantized(model, 8)
+    whole, each = by_layer(weights, images(), "openvino", baseline=model)
+    assert whole.kind == each["4"].kind == "fell back to fp32" and "Round the inputs too" in whole.advice
+    assert often(lambda: speedup(both, weights, "openvino", images()) > 1.2)
+    assert often(lambda: by_layer(both, images(), "openvino", baseline=model)[0].kind == "faster")
+
+
+@pytest.mark.parametrize("name", ["eager", "openvino"])
+def test_single_zeros_have_no_kernel_and_removing_channels_helps(name):
+    model = vgg(32)
+    whole, each = by_layer(sparse(model), images(), name, baseline=model)
+    assert whole.kind == each["4"].kind == "no kernel" and "zero" in whole.evidence
+    assert often(lambda: speedup(vgg(16), sparse(model), name, images()) > 1.2)
+
+
+@pytest.mark.parametrize("name", ["eager", "openvino"])
+def test_an_odd_width_is_unaligned_and_one_channel_less_helps(name):
+    example = torch.zeros(1, 65, 28, 28)
+    assert often(lambda: by_layer(convolution(65), example, name)[1]["0"].kind == "unaligned width")
+    quick = lambda: speedup(convolution(64), convolution(65), name, example, torch.zeros(1, 64, 28, 28))
+    assert often(lambda: quick() > 1.1 * (65 / 64) ** 2)
+    assert "unaligned width" not in [one.kind for one in by_layer(convolution(64), example[:, :64], name)[1].values()]
+
+
+def test_simulated_rounding_is_conversion_overhead_and_leaving_it_out_helps():
+    model = nn.Sequential(*[nn.Conv2d(1, 1, 3, padding=1) for _ in range(6)]).eval()
+    rounded = quantized(model)
+    _, each = by_layer(rounded, images())
+    assert {one.kind for name, one in each.items() if "input_quantizer" in name} == {"conversion overhead"}
+    assert often(lambda: speedup(model, rounded, "eager", images()) > 1.2)
+
+
+# --- the whole, from what was already measured ---------------------------------------------------------------------
+
+
+def taken(model, latency, kernels=()):
+    return Taken.of(model, latency, layer_costs(model, images()), kernels)
+
+
+def judged(model, baseline, name="openvino", known=None):
+    ready = [runtime(name).prepare(one, images()) for one in (model, baseline)]
+    now, before = latencies(ready, calls=60)
+    kernels = [one.kernels for one in ready]
+    return whole_verdict(taken(model, now, kernels[0]), taken(baseline, before, kernels[1]), known)
+
+
+def test_the_same_model_is_inside_the_noise():
+    assert often(lambda: judged(vgg(), vgg()).kind == "inside the noise")
+
+
+def test_a_faster_model_is_said_to_be_faster_and_why():
+    found = []
+    assert often(lambda: found.append(judged(vgg(8), vgg(32))) or found[-1].kind == "faster")
+    assert "fewer multiply-adds" in found[-1].evidence and found[-1].advice == ""
+    assert often(lambda: "compute in int8" in judged(quantized(vgg(32)), vgg(32)).evidence)
+
+
+def slower(model, baseline, known=None):
+    """Judge two models as if the first had taken twice as long."""
+    from test_profiler import taken as rounds
+
+    now, before = rounds(*[(2.0,)] * 8), rounds(*[(1.0,)] * 8)
+    return whole_verdict(taken(model, now), taken(baseline, before), known)
+
+
+def test_more_layers_and_odd_widths_are_named_when_fewer_operations_do_not_pay():
+    square = nn.Sequential(nn.Flatten(), nn.Linear(784, 64)).eval()
+    factors = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.Linear(16, 64)).eval()
+    found = slower(factors, square)
+    assert found.kind == "launch-bound" and "1 more layer to start" in found.evidence
+    odd = nn.Sequential(nn.Flatten(), nn.Linear(784, 51)).eval()
+    assert slower(odd, square).kind == "unaligned width"
+    launch = Limits(roofline(), {"ReLU": 1.5, "Linear": 1.5}, "eager", 1)  # all of the 2 ms
+    assert slower(odd, square, launch).kind == "launch-bound"
+
+
+def test_a_verdict_needs_latencies_of_one_run():
+    ready = runtime("eager").prepare(vgg(), images())
+    separate = [taken(vgg(), latencies([ready], calls=20)[0]) for _ in range(2)]
+    with pytest.raises(ValueError, match="measure both in one call"):
+        whole_verdict(*separate)
+
+
+def test_a_verdict_reads_as_sentences():
+    one = Verdict("conv1", "memory-bound", "conv1 takes 1 ms.", "Store it in fewer bits.")
+    assert str(one) == "conv1 takes 1 ms. Store it in fewer bits."
+    assert json.loads(json.dumps(one.to_dict()))["kind"] == "memory-bound"

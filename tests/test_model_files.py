@@ -1,0 +1,155 @@
+"""Models in files of other programs: read, counted and run as they are, refused with a sentence otherwise."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from workbench.export import export_onnx, export_openvino
+from workbench.profiler import profile
+from workbench.profiler.layers import layer_times
+from workbench.runtimes import RuntimeFailed, read_model_file, runtime
+
+pytest.importorskip("onnx", reason="onnx is not installed; `pip install 'workbench[onnx]'` adds it.")
+
+
+def small_model():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(32, 5)).eval()
+
+
+EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A model, and its files by their format."""
+    folder, model = tmp_path_factory.mktemp("files"), small_model()
+    export_onnx(model, folder / "small.onnx", EXAMPLE)
+    export_openvino(model, folder / "small.xml", EXAMPLE)
+    return model, {"ONNX": folder / "small.onnx", "OpenVINO IR": folder / "small.xml"}
+
+
+@pytest.mark.parametrize("kind", ["ONNX", "OpenVINO IR"])
+def test_a_file_says_what_it_takes_and_holds(written, kind):
+    _, paths = written
+    file = read_model_file(paths[kind])
+    assert file.format == kind and file.shape == (0, 3, 8, 8) and file.dtype == torch.float32 and not file.fixed_batch
+    assert file.example(batch=3).shape == (3, 3, 8, 8) and file.example((4, 3, 8, 8)).shape == (4, 3, 8, 8)
+    conv, linear = file.layers(EXAMPLE)
+    assert (conv.parameters, conv.macs) == (8 * 27, 8 * 27 * 64) and (linear.parameters, linear.macs) == (160, 160)
+    assert file.size_bytes >= 4 * (8 * 27 + 160 + 5) and file.parameters() >= 8 * 27 + 160 + 5
+
+
+@pytest.mark.parametrize(("kind", "name"), [("ONNX", "openvino"), ("OpenVINO IR", "openvino"), ("ONNX", "onnxruntime")])
+def test_a_file_answers_as_the_model_does(written, kind, name):
+    if name == "onnxruntime":
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed.")
+    model, paths = written
+    prepared = runtime(name).prepare(read_model_file(paths[kind]), EXAMPLE)
+    assert prepared.difference is None and prepared.precision == "fp32"
+    with torch.inference_mode():
+        torch.testing.assert_close(prepared(EXAMPLE), model(EXAMPLE), rtol=1e-4, atol=1e-4)
+    assert prepared.timed() > 0
+
+
+def test_the_profile_of_a_file_counts_what_the_model_has(written):
+    model, paths = written
+    ours = profile(read_model_file(paths["OpenVINO IR"]), EXAMPLE, runtimes=["openvino"], calls=10)
+    theirs = profile(model, EXAMPLE, runtimes=["openvino"], calls=10)
+    assert ours.model.macs == theirs.model.macs and ours.model.peak_activation_bytes is None
+    assert ours.model.size_bytes == sum(
+        paths["OpenVINO IR"].with_suffix(end).stat().st_size for end in (".xml", ".bin")
+    )
+    assert ours.runs[0].throughput.batch == 64 and "Activations" not in " ".join(ours.sentences())
+
+
+def test_a_file_against_the_model_it_was_made_from_is_not_distinguishable(written):
+    model, paths = written
+    found = profile(read_model_file(paths["ONNX"]), EXAMPLE, model, ["openvino", "eager"], calls=40)
+    assert [run.runtime for run in found.runs] == ["openvino"] and "is ONNX" in found.failed["eager"]
+    assert 0.5 < found.runs[0].ratio.value < 2
+
+
+def test_layers_of_a_file_have_its_own_names(written):
+    _, paths = written
+    file = read_model_file(paths["ONNX"])
+    times = layer_times(file, EXAMPLE, "openvino", calls=10)
+    counted = {layer.name: layer.macs for layer in file.layers(EXAMPLE)}
+    assert {one.name: one.macs for one in times.layers if one.macs} == {n: 2 * macs for n, macs in counted.items()}
+
+
+def test_a_file_with_a_fixed_batch_is_measured_at_that_batch(tmp_path):
+    path = tmp_path / "fixed.onnx"
+    model = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (1, 192)), nn.Linear(192, 4)).eval()
+    torch.onnx.export(model, (EXAMPLE[:1],), path, dynamo=False, input_names=["pixels"])
+    file = read_model_file(path)
+    assert file.fixed_batch == 1 and file.input_name == "pixels"
+    found = profile(file, file.example(), runtimes=["openvino"], calls=10)
+    assert found.runs[0].throughput.batch == 1
+    with pytest.raises(ValueError, match=r"takes inputs of shape \(1, 3, 8, 8\)"):
+        file.example((2, 3, 8, 8))
+
+
+def test_a_file_that_leaves_sizes_open_asks_for_them(tmp_path):
+    path = tmp_path / "open.onnx"
+    axes = {"x": {0: "batch", 2: "height", 3: "width"}}
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    torch.onnx.export(
+        model, (EXAMPLE,), path, dynamo=False, input_names=["x"], dynamic_axes=axes, opset_version=17
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="--input"):
+        read_model_file(path).example()
+    assert read_model_file(path).example((1, 3, 16, 16)).shape == (1, 3, 16, 16)
+
+
+def test_integers_go_in_as_integers(tmp_path):
+    path = tmp_path / "words.onnx"
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(24, 3)).eval()
+    torch.onnx.export(model, (torch.zeros(1, 6, dtype=torch.int64),), path, dynamo=False)
+    file = read_model_file(path)
+    assert file.dtype == torch.int64
+    prepared = runtime("openvino").prepare(file, file.example())
+    assert np.isfinite(prepared(file.example()).numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("missing.onnx", None, "no model file"),
+        ("noise.onnx", b"not a model" * 20, "cannot be read as ONNX"),
+        ("noise.xml", b"not a model" * 20, "cannot be read as OpenVINO IR"),
+        ("weights.pt", b"", "ends in .onnx or .xml"),
+    ],
+)
+def test_what_is_no_model_is_refused_with_its_name(tmp_path, name, content, says):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RuntimeFailed, match=says) as refused:
+        read_model_file(path)
+    assert name in str(refused.value) and len(str(refused.value).splitlines()) == 1
+
+
+def test_an_ir_without_its_weights_is_refused(written, tmp_path):
+    _, paths = written
+    alone = tmp_path / "alone.xml"
+    alone.write_bytes(paths["OpenVINO IR"].read_bytes())
+    with pytest.raises(RuntimeFailed, match=r"\.bin"):
+        read_model_file(alone)
+
+
+def test_a_runtime_that_reads_no_such_file_says_so(written):
+    _, paths = written
+    with pytest.raises(RuntimeFailed, match="eager runs torch models"):
+        runtime("eager").prepare(read_model_file(paths["ONNX"]), EXAMPLE)
+    if runtime("onnxruntime").available()[0]:
+        with pytest.raises(RuntimeFailed, match="reads ONNX"):
+            runtime("onnxruntime").prepare(read_model_file(paths["OpenVINO IR"]), EXAMPLE)
+
+
+def test_another_shape_than_the_file_s_is_refused(written):
+    _, paths = written
+    with pytest.raises(RuntimeFailed, match="does not work for inputs of shape"):
+        runtime("openvino").prepare(read_model_file(paths["ONNX"]), torch.zeros(1, 4, 8, 8))

@@ -1,0 +1,109 @@
+"""Reports: all that was measured is in the text, in the JSON and on the page, and the page needs nothing else."""
+
+import json
+import re
+
+import profiles
+import pytest
+import torch
+from torch import nn
+
+from workbench.profiler import compare_profiles, load_profile, save_profile
+from workbench.reports import SECTIONS, html_page, investigate, words
+from workbench.reports.page import POLICY
+from workbench.subjects import Subject
+
+
+def subject(name="tiny"):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).eval()
+    return Subject(name, model, torch.randn(2, 3, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """A real report of a tiny model, each section as short as it can be."""
+    asked = ("layers", "memory")
+    return investigate(subject(), subject("other"), asked, seconds=0.05, runtimes=["openvino"], calls=10)
+
+
+def test_a_report_holds_what_was_asked_for(measured):
+    assert measured.runtime == "openvino" and measured.missing == {}
+    assert {"0", "3"} <= {layer.name for layer in measured.layers.layers} and measured.baseline_layers is not None
+    assert set(measured.memory) == {"baseline", "now"}
+    assert not measured.scenarios and not measured.software and measured.roofline is None
+
+
+def test_a_report_is_saved_and_compared_as_a_profile_is(measured, tmp_path):
+    path = save_profile(measured, tmp_path / "tiny.json")
+    found = load_profile(path)
+    assert "0" in [layer["name"] for layer in found["layers"]["layers"]]
+    assert found["runtimes"][0]["runtime"] == "openvino"
+    compared = compare_profiles(found, found)
+    assert compared.rows[0].versus == "not distinguishable" and not compared.differences
+
+
+def test_progress_only_grows_and_ends():
+    seen = []
+    investigate(subject(), None, ("layers",), lambda _, part: seen.append(part), runtimes=["eager"], calls=6)
+    assert seen == sorted(seen) and seen[-1] == 1.0
+
+
+def test_what_cannot_be_measured_says_why():
+    found = investigate(subject(), None, ("layers",), runtimes=["onnxruntime"], calls=6)
+    assert found.layers is None and "does not show its layers" in found.missing["layers"]
+    assert "not measured: onnxruntime does not show its layers" in str(found)
+    assert "Not measured: onnxruntime" in html_page(found)
+
+
+def test_a_section_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="no section 'layer'; choose from layers, roofline"):
+        investigate(subject(), None, ("layer",))
+
+
+def test_every_section_has_its_block_its_part_and_its_title():
+    from workbench.reports.collect import MEASURE
+    from workbench.reports.page import PARTS
+
+    assert set(SECTIONS) == set(MEASURE) == set(PARTS) == set(words.BLOCKS) == set(words.TITLES)
+
+
+def test_the_text_has_every_section():
+    said = str(profiles.report())
+    assert all(title in said for title in words.TITLES.values())
+    for figure in ("features.conv2.0", "1,100  billion", "launch-bound", "the bound of 4 ms was kept", "★ knee"):
+        assert figure in said
+    assert "no C++ compiler" in said and "345 MB" in said and max(map(len, said.splitlines())) < 200
+
+
+def test_the_page_loads_nothing():
+    page = html_page(profiles.report())
+    assert re.findall(r"""(?:src|href)\s*=\s*["'](?!#)[^"']*["']""", page.replace(plotly_script(), "")) == []
+    assert POLICY in page and "default-src 'none'" in POLICY
+    assert page.count(plotly_script()) == 1  # plotly.js once, however many figures
+
+
+def plotly_script():
+    from workbench import plots
+
+    return plots.plotly_script()
+
+
+def test_the_page_carries_its_own_figures():
+    report = profiles.report()
+    held = re.search(r'<script type="application/json" id="report">(.*?)</script>', html_page(report), re.DOTALL)
+    assert json.loads(held.group(1)) == json.loads(json.dumps(report.to_dict()))
+
+
+def test_names_are_shown_and_never_run():
+    page = html_page(profiles.report(name="<script>alert(1)</script>"))
+    assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page
+
+
+@pytest.mark.parametrize("baseline", [True, False])
+def test_a_page_has_only_what_was_measured(baseline):
+    bare = dict.fromkeys(("layers", "baseline_layers", "roofline"))
+    bare |= {"verdicts": (), "scenarios": {}, "sweep": (), "software": (), "memory": {}, "energy": ""}
+    page = html_page(profiles.report(baseline, **bare))
+    assert page.count("<figure ") == 1 and "Scenarios" not in page and "Where this was measured" in page
+    assert html_page(profiles.report(baseline)).count("<figure ") == (8 if baseline else 7)

@@ -1,0 +1,380 @@
+"""Why a model is not faster: one verdict for the whole and one for each layer, from what was measured.
+
+Each names its evidence and one thing to try. The three limits, starting a layer, moving its bytes, doing its
+operations, are those of the roofline (Williams et al., 2009), with the cost of an empty layer beside them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from workbench.profiler.costs import LayerCost, layer_costs
+from workbench.profiler.layers import LayerTime, LayerTimes, layer_times
+from workbench.profiler.limits import Limits, limits
+from workbench.profiler.timing import Latency, Ratio, compare, latencies
+from workbench.profiler.units import duration, listed, size, times
+from workbench.runtimes import Kernel, bake
+from workbench.runtimes import runtime as named_runtime
+from workbench.surgery import clone, weighted_layers
+from workbench.weights import rounded_bits
+
+KINDS = (
+    "launch-bound",
+    "memory-bound",
+    "compute-bound",
+    "no kernel",
+    "fell back to fp32",
+    "unaligned width",
+    "conversion overhead",
+    "inside the noise",
+    "faster",
+)
+MANY_ZEROS = 0.2  # fewer are not meant to make a layer faster
+CONVERTS = 0.1  # of the total time, from which on a conversion is worth a verdict
+FEWER = 1.05  # times fewer multiply-adds, from which on one expects to gain time
+LANES = 16  # numbers in fp32 that AVX-512 computes at once: kernels take channels in such blocks
+LARGE = 0.1  # of the total time: a layer whose width is worth a measurement
+STEP = 1.1  # times more than its share of the multiply-adds must the odd width cost
+CONVERSIONS = ("InputQuantizer", "Reorder", "Convert", "fake_quantize")
+ADVICE = {
+    "launch-bound": "Give it more images a call, or merge or drop layers: smaller ones start as slowly.",
+    "memory-bound": "Store its weights in fewer bits or factors, or share them among more images a call.",
+    "compute-bound": "Take channels away, or use a kernel of lower precision: fewer operations are what counts here.",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What limits a layer, or the whole model where `layer` is None; `kind` is one of KINDS.
+
+    `evidence` is one sentence with the measured figures, `advice` one sentence with one thing to try.
+    """
+
+    layer: str | None
+    kind: str
+    evidence: str
+    advice: str = ""
+
+    def to_dict(self) -> dict:
+        """Return it as JSON can hold it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.evidence} {self.advice}".strip()
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What is already known of a model once its latency was taken; `whole_verdict` measures nothing more.
+
+    `zeros` is the part of its weights that are 0, `bits` the fewest bits that a weight is rounded to (32 where none
+    is), `integer_inputs` whether layers round their inputs too.
+    """
+
+    latency: Latency
+    costs: tuple[LayerCost, ...]
+    kernels: tuple[Kernel, ...]
+    zeros: float
+    bits: int
+    integer_inputs: bool
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, latency: Latency, costs: Sequence[LayerCost], kernels: Sequence[Kernel] = ()
+    ) -> Taken:
+        """Return what is known of `model`; reads its structure, and its zeros from `costs`."""
+        layers = [layer for _, layer in weighted_layers(model)]
+        zeros = 1 - sum(cost.nonzero for cost in costs) / max(1, sum(cost.parameters for cost in costs))
+        rounds = any(hasattr(layer, "input_quantizer") for layer in layers)
+        return cls(latency, tuple(costs), tuple(kernels), zeros, min(map(rounded_bits, layers), default=32), rounds)
+
+    @property
+    def macs(self) -> int:
+        return sum(cost.macs for cost in self.costs)
+
+
+# --- the whole, without measuring --------------------------------------------------------------------------------
+
+
+def whole_verdict(now: Taken, baseline: Taken, known: Limits | None = None) -> Verdict:
+    """Say whether a model is faster than its baseline, and if not why, from latencies taken in one run.
+
+    Nothing is measured here. With `known`, from `limits(runtime, threads)`, the evidence names the machine's limits.
+    """
+    ratio = compare(now.latency, baseline.latency)
+    if ratio.distinguishable and ratio.value > 1:
+        return _faster(ratio, now, baseline)
+    found = next(_missing_kernels(now, baseline), None)
+    if found:
+        return Verdict(None, found[0], f"{found[1]}: {_took(ratio, now)}.", found[2])
+    if now.macs * FEWER < baseline.macs:
+        return _smaller_but_not_faster(ratio, now, baseline, known)
+    return Verdict(None, "inside the noise", f"Nothing that costs time here was removed: {_took(ratio, now)}.")
+
+
+def _faster(ratio: Ratio, now: Taken, baseline: Taken) -> Verdict:
+    fewer = baseline.macs / max(1, now.macs)
+    precision = now.latency.precision
+    if fewer > FEWER:
+        reason = f", for {times(fewer)} fewer multiply-adds"
+    elif precision != baseline.latency.precision:
+        reason = f": its kernels compute in {precision}, the baseline's in {baseline.latency.precision}"
+    else:
+        reason = ""
+    return Verdict(None, "faster", f"It is {ratio} than the baseline on {now.latency.runtime}{reason}.")
+
+
+def _missing_kernels(now: Taken, baseline: Taken) -> Iterator[tuple[str, str, str]]:
+    """Yield (kind, evidence, advice) of what was compressed but is not computed in that form."""
+    if now.bits < min(32, baseline.bits):
+        slow = [kernel.layer for kernel in now.kernels if kernel.precision != "int8"]
+        if slow or not now.kernels:
+            yield _not_integer(now.bits, now.integer_inputs, now.latency.runtime, f"{len(slow)} layers")
+        elif now.bits < 8:
+            yield _too_few_bits(now.bits, now.latency.runtime)
+    if now.zeros - baseline.zeros > MANY_ZEROS and now.macs * FEWER >= baseline.macs:
+        yield _unused_zeros(now.zeros, now.latency.runtime)
+
+
+def _not_integer(bits: int, integer_inputs: bool, runtime: str, where: str) -> tuple[str, str, str]:
+    """Return (kind, evidence, advice) for weights rounded to integers that are multiplied as floating point."""
+    if "eager" in runtime or "cuda" in runtime:
+        evidence = f"{runtime} has no integer kernels and only simulates rounding to {bits} bits in floating point"
+        return "no kernel", evidence, "Run it on openvino, which computes 8-bit weights and inputs in int8."
+    if bits < 8:
+        evidence = f"{runtime} has no kernel for {bits}-bit weights here and multiplies {where} in fp32"
+        return "no kernel", evidence, "Take 8 bits and round the inputs too: that runs in int8."
+    evidence = f"The weights are rounded to 8 bits, but {runtime} multiplies {where} in fp32"
+    advice = "Look at the other layers' inputs." if integer_inputs else "Round the inputs too, else int8 cannot run."
+    return "fell back to fp32", evidence, advice
+
+
+def _too_few_bits(bits: int, runtime: str) -> tuple[str, str, str]:
+    evidence = f"{runtime} has no kernel for {bits} bits and computes them in int8"
+    return "no kernel", evidence, "Take 8 bits, which run as fast and lose less accuracy."
+
+
+def _unused_zeros(zeros: float, runtime: str) -> tuple[str, str, str]:
+    evidence = f"{100 * zeros:.0f} % of the weights are zero, but {runtime} has no kernel that skips single zeros"
+    return "no kernel", evidence, "Remove whole channels: those are not multiplied."
+
+
+def _smaller_but_not_faster(ratio: Ratio, now: Taken, baseline: Taken, known: Limits | None) -> Verdict:
+    fewer = times(baseline.macs / max(1, now.macs))
+    more = len(now.costs) - len(baseline.costs)
+    odd = [cost.name for cost in now.costs if cost.output_shape and cost.output_shape[1] % LANES]
+    odd_before = sum(bool(cost.output_shape) and cost.output_shape[1] % LANES > 0 for cost in baseline.costs)
+    start = f"It multiplies {fewer} less, but {_took(ratio, now)}"
+    if len(odd) > odd_before and more <= 0 and _fixed_part(now, known) < 0.5:
+        names = listed(odd[:3]) + (" and others" if len(odd) > 3 else "")
+        kind, why = "unaligned width", f"{names} {'has' if len(odd) == 1 else 'have'} no multiple of {LANES} channels"
+        return Verdict(None, kind, f"{start}; {why}.", "Round its widths to such multiples.")
+    why = (
+        f"it has {more} more layer{'s' if more > 1 else ''} to start"
+        if more > 0
+        else "each layer costs about as much to start as before"
+    )
+    if known:
+        why += f", and starting {len(now.costs)} layers takes {duration(_launches_ms(now, known))} here"
+    return Verdict(None, "launch-bound", f"{start}; {why}.", ADVICE["launch-bound"])
+
+
+def _launches_ms(now: Taken, known: Limits) -> float:
+    return sum(known.start_ms(cost.kind) for cost in now.costs)
+
+
+def _fixed_part(now: Taken, known: Limits | None) -> float:
+    return _launches_ms(now, known) / now.latency.median_ms if known else 0.0
+
+
+def _took(ratio: Ratio, now: Taken) -> str:
+    found = str(ratio) if ratio.distinguishable else "not distinguishable from the baseline"
+    noisy = ", and the times drifted" if now.latency.noisy else ""
+    return f"at {duration(now.latency.median_ms)} it is {found}{noisy}"
+
+
+# --- whole and layers, measured ------------------------------------------------------------------------------------
+
+
+def verdicts(
+    model: nn.Module, example: Tensor, baseline: nn.Module | None = None, runtime: str = "eager", threads: int = 1
+) -> list[Verdict]:
+    """Measure `model` on `example`, float (B, C, H, W), and return the verdict on the whole, then one for each layer.
+
+    With `baseline` both are timed in turns. Raises RuntimeFailed if the runtime cannot run or does not show layers.
+    """
+    known, found = limits(runtime, threads), layer_times(model, example, runtime, threads)
+    each = layer_verdicts(model, example, found, known)
+    if baseline is None:
+        return [_of_the_whole(found, each, known), *each]
+    return [_versus(model, example, baseline, runtime, threads, known), *each]
+
+
+def layer_verdicts(model: nn.Module, example: Tensor, found: LayerTimes, known: Limits) -> list[Verdict]:
+    """Return the verdict on each layer of `model`, whose times on `example` are `found`."""
+    torch_model = isinstance(model, nn.Module)  # a file's layers are judged by their times alone
+    bodies, shapes = (dict(weighted_layers(model)), _input_shapes(model, example)) if torch_model else ({}, {})
+    each = []
+    for layer in found.layers:
+        verdict, body = _layer_verdict(layer, bodies.get(layer.name), found, known), bodies.get(layer.name)
+        if body is not None and layer.share > LARGE and verdict.kind in ADVICE:
+            verdict = _width_verdict(layer, body, shapes[layer.name], found) or verdict
+        each.append(verdict)
+    return each
+
+
+def _layer_verdict(layer: LayerTime, body: nn.Module | None, found: LayerTimes, known: Limits) -> Verdict:
+    if _converts(layer) and sum(one.share for one in found.layers if _converts(one)) > CONVERTS:
+        return _conversion(layer, found)
+    missing = _missing_kernel(layer, body, found.runtime) if body is not None else None
+    if missing:
+        return Verdict(layer.name, missing[0], f"{layer.name}: {missing[1]}.", missing[2])
+    return _limit(layer, found, known)
+
+
+def _converts(layer: LayerTime) -> bool:
+    return layer.macs == 0 and any(word in layer.name + layer.kind for word in CONVERSIONS)
+
+
+def _conversion(layer: LayerTime, found: LayerTimes) -> Verdict:
+    together = 100 * sum(one.share for one in found.layers if _converts(one))
+    evidence = (
+        f"{layer.name} only converts numbers and takes {duration(layer.ms)}; all conversions together take "
+        f"{together:.0f} % of {duration(found.total_ms)}."
+    )
+    advice = "Let neighbouring layers compute in one precision, so that nothing is converted between them."
+    if layer.kind == "InputQuantizer":
+        advice = "Run it on openvino, where int8 kernels round by themselves."
+    return Verdict(layer.name, "conversion overhead", evidence, advice)
+
+
+def _missing_kernel(layer: LayerTime, body: nn.Module, runtime: str) -> tuple[str, str, str] | None:
+    bits, zeros = rounded_bits(body), float((body.weight == 0).float().mean())
+    if bits < 32 and layer.precision != "int8":
+        return _not_integer(bits, hasattr(body, "input_quantizer"), runtime, "them")
+    if bits < 8:
+        return _too_few_bits(bits, runtime)
+    return _unused_zeros(zeros, runtime) if zeros > MANY_ZEROS else None
+
+
+def _limit(layer: LayerTime, found: LayerTimes, known: Limits) -> Verdict:
+    """Name the limit that alone would take longest, and how much of the layer's time it explains."""
+    bounds = known.of(layer, sum(one.weight_bytes for one in found.layers))
+    kind = max(bounds, key=bounds.__getitem__)
+    does = {
+        "launch-bound": f"starting an empty {layer.kind}",
+        "memory-bound": f"moving its {size(layer.weight_bytes + layer.activation_bytes)}",
+        "compute-bound": f"doing its {layer.macs:,} multiply-adds at the measured peak",
+    }
+    evidence = f"{layer.name} takes {duration(layer.ms)}; {does[kind]} alone takes {duration(bounds[kind])} here."
+    return Verdict(layer.name, kind, evidence, _advice(kind, layer))
+
+
+def _advice(kind: str, layer: LayerTime) -> str:
+    if "BatchNorm" in layer.kind:
+        return "Fold it into the convolution before it, which then computes both."
+    if layer.weight_bytes or kind == "compute-bound":
+        return ADVICE[kind]
+    return "Take a runtime that fuses it into the layer before it, or give that layer fewer channels."
+
+
+# --- odd widths, measured beside even ones -------------------------------------------------------------------------
+
+
+def _width_verdict(layer: LayerTime, body: nn.Module, inputs: tuple[int, ...], found: LayerTimes) -> Verdict | None:
+    """Time a layer of odd width beside the next smaller even one; None unless the odd channels cost too much."""
+    even = _evened(body)
+    if even is None:
+        return None
+    fewer = body.weight.numel() / even.weight.numel()
+    prepare = lambda one: named_runtime(found.runtime).prepare(one, torch.zeros(_inputs_of(one, inputs)), found.threads)
+    quick, slow = latencies([prepare(even), prepare(body)], budget_s=1.0)
+    ratio = compare(quick, slow)
+    if not ratio.interval[0] > STEP * fewer:
+        return None
+    evidence = (
+        f"{layer.name} takes {duration(slow.median_ms)} with {_widths(body)} and {duration(quick.median_ms)} with "
+        f"{_widths(even)}, {times(ratio.value)} faster for {times(fewer)} fewer multiply-adds."
+    )
+    return Verdict(layer.name, "unaligned width", evidence, f"Round its widths to multiples of {LANES}.")
+
+
+def _evened(layer: nn.Module) -> nn.Module | None:
+    """Return the layer with its widths rounded down to multiples of LANES, or None where they are or it cannot be."""
+    outputs, inputs = layer.weight.shape[:2]
+    if getattr(layer, "groups", 1) > 1 or not (outputs % LANES or inputs % LANES) or outputs < LANES:
+        return None
+    outputs, inputs = outputs // LANES * LANES, max(inputs // LANES * LANES, min(inputs, LANES))
+    even = bake(layer)
+    even.weight = nn.Parameter(even.weight[:outputs, :inputs].clone(), requires_grad=False)
+    if even.bias is not None:
+        even.bias = nn.Parameter(even.bias[:outputs].clone(), requires_grad=False)
+    for name in ("in_channels", "in_features"):
+        if hasattr(even, name):
+            setattr(even, name, inputs)
+    for name in ("out_channels", "out_features"):
+        if hasattr(even, name):
+            setattr(even, name, outputs)
+    return even
+
+
+def _inputs_of(layer: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the inputs that a layer of this width takes where the original took `shape`."""
+    axis = len(shape) - 1 if isinstance(layer, nn.Linear) else 1
+    return (*shape[:axis], layer.weight.shape[1], *shape[axis + 1 :])
+
+
+def _widths(layer: nn.Module) -> str:
+    return f"{layer.weight.shape[1]}→{layer.weight.shape[0]} channels"
+
+
+def _input_shapes(model: nn.Module, example: Tensor) -> dict[str, tuple[int, ...]]:
+    """Return the shape of the inputs of each linear and convolution layer that is called."""
+    model, shapes = clone(model), {}
+    for name, layer in weighted_layers(model):
+        layer.register_forward_pre_hook(lambda _, args, name=name: shapes.update({name: tuple(args[0].shape)}))
+    with torch.inference_mode():
+        model(example)
+    return shapes
+
+
+# --- the whole, measured -------------------------------------------------------------------------------------------
+
+
+def _of_the_whole(found: LayerTimes, each: list[Verdict], known: Limits) -> Verdict:
+    """Name the kind of verdict under which most of the time falls."""
+    starts = sum(known.start_ms(layer.kind) for layer in found.layers)
+    taken = Counter({"launch-bound": max(0.0, min(found.outside_ms, starts))})
+    ranked = sorted(zip(found.layers, each, strict=True), key=lambda pair: -pair[0].ms)
+    for layer, verdict in ranked:
+        taken[verdict.kind] += layer.ms
+    kind, ms = taken.most_common(1)[0]
+    names, total = [layer.name for layer, verdict in ranked if verdict.kind == kind], duration(found.total_ms)
+    where = f"in {listed(names[:3])}{' and others' if len(names) > 3 else ''}" if names else "between its layers"
+    evidence = f"{100 * min(1.0, ms / found.total_ms):.0f} % of {total} go by {where}"
+    if kind == "launch-bound":
+        part = duration(min(starts, found.total_ms))
+        evidence = f"starting its {len(found.layers)} layers alone takes {part} of {total}"
+    advice = ADVICE.get(kind) or next(verdict.advice for _, verdict in ranked if verdict.kind == kind)
+    return Verdict(None, kind, f"On {found.runtime} the model is mostly {_adjective(kind)}: {evidence}.", advice)
+
+
+def _adjective(kind: str) -> str:
+    words = {"no kernel": "without a kernel for its form", "fell back to fp32": "back in fp32"}
+    words |= {"unaligned width": "held up by odd widths", "conversion overhead": "busy converting"}
+    return words.get(kind, kind)
+
+
+def _versus(model, example, baseline, runtime: str, threads: int, known: Limits) -> Verdict:
+    """Time a model and its baseline in turns and judge the whole."""
+    prepared = [named_runtime(runtime).prepare(one, example, threads) for one in (model, baseline)]
+    taken = [
+        Taken.of(one, latency, layer_costs(one, example), ready.kernels)
+        for one, latency, ready in zip((model, baseline), latencies(prepared, budget_s=3.0), prepared, strict=True)
+    ]
+    return whole_verdict(*taken, known)

@@ -1,0 +1,186 @@
+"""Model files of other programs, ONNX and OpenVINO's IR: what they take, what is in them, and their path for a runtime.
+
+A `ModelFile` goes wherever a torch model goes to be measured: `runtime("openvino").prepare(file, example)`. What torch
+alone can do (eager, compression, hooks) refuses it with a sentence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workbench.runtimes.base import RuntimeFailed, cause
+
+FORMATS = {".onnx": "ONNX", ".xml": "OpenVINO IR"}
+READERS = {".onnx": "onnx", ".xml": "ir"}  # what OpenVINO calls its readers
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
+DTYPES |= {"i64": torch.int64, "i32": torch.int32, "u8": torch.uint8, "i8": torch.int8}
+KINDS = {"Convolution": "Convolution", "GroupConvolution": "Convolution", "MatMul": "MatMul"}
+
+
+class FileLayer(NamedTuple):
+    """One multiplying layer of a file, counted on one image; `nonzero` counts the weights that are not 0."""
+
+    name: str
+    kind: str
+    parameters: int
+    nonzero: int
+    macs: int
+    output_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model in a file. `shape`: of its one input, 0 where the file leaves a size open; `dtype`: of its numbers."""
+
+    path: Path
+    format: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    input_name: str
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of the file, and of the weights beside it that an IR keeps in a second one."""
+        beside = self.path.with_suffix(".bin") if self.format == FORMATS[".xml"] else None
+        return self.path.stat().st_size + (beside.stat().st_size if beside and beside.is_file() else 0)
+
+    @property
+    def fixed_batch(self) -> int:
+        """The only batch that the file takes, or 0 where it takes any."""
+        return self.shape[0]
+
+    def example(self, shape: tuple[int, ...] | None = None, batch: int = 1) -> Tensor:
+        """Return one batch of random numbers, of `shape`, or of the file's own with `batch` where that is left open.
+
+        Raises ValueError where the file's sizes and the given ones differ, or where another size is left open too.
+        """
+        wanted = shape or (self.fixed_batch or batch, *self.shape[1:])
+        if len(wanted) != len(self.shape) or any(o and o != w for o, w in zip(self.shape, wanted, strict=True)):
+            raise ValueError(f"{self.path.name} takes inputs of shape {shape_text(self.shape)}, not {wanted}.")
+        if not all(wanted):
+            open_shape = shape_text(self.shape)
+            raise ValueError(
+                f"{self.path.name} takes inputs of shape {open_shape}; say which, as in --input 1,3,224,224."
+            )
+        return random_batch(wanted, self.dtype)
+
+    def layers(self, example: Tensor) -> list[FileLayer]:
+        """Count weights and multiply-adds of the layers that multiply, for one image of the shape of `example`."""
+        graph = graph_of(self, example)
+        return [counted for node in graph.get_ordered_ops() for counted in _counted(node, len(example))]
+
+    def parameters(self) -> int:
+        """Count the numbers that the file holds: its constants with more than one value, shapes and axes left out."""
+        constants = [node for node in _read(self.path).get_ordered_ops() if node.get_type_name() == "Constant"]
+        return sum(_values(node) for node in constants if _values(node) > 1 and _weighs(node))
+
+
+def is_model_file(word: str | Path) -> bool:
+    """Return True for a path that ends as an ONNX file or an IR does."""
+    return Path(word).suffix.lower() in FORMATS
+
+
+def read_model_file(path: str | Path) -> ModelFile:
+    """Read what an ONNX file or an IR takes; raises RuntimeFailed saying what is wrong with the file."""
+    path = Path(path)
+    if not path.is_file() or not is_model_file(path):
+        raise RuntimeFailed(f"There is no model file {path}; its name ends in {' or '.join(FORMATS)}.")
+    model = _read(path)
+    if len(model.inputs) != 1:
+        names = ", ".join(one.any_name for one in model.inputs)
+        raise RuntimeFailed(
+            f"{path.name} has {len(model.inputs)} inputs ({names}); models of one input can be profiled."
+        )
+    given, kind = model.inputs[0], model.inputs[0].get_element_type().get_type_name()
+    if kind not in DTYPES:
+        raise RuntimeFailed(f"{path.name} takes numbers of type {kind}; {', '.join(DTYPES)} can be made up.")
+    partial = given.get_partial_shape()
+    if partial.rank.is_dynamic:
+        raise RuntimeFailed(f"{path.name} does not say how many dimensions its input has; export it with a shape.")
+    shape = tuple(0 if size.is_dynamic else size.get_length() for size in partial)
+    return ModelFile(path, FORMATS[path.suffix.lower()], shape, DTYPES[kind], given.any_name)
+
+
+def random_batch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return the same random numbers each time: normal ones, or 0 and 1 for a model that takes integers."""
+    generator = torch.Generator().manual_seed(0)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    return torch.randint(0, 2, shape, generator=generator, dtype=dtype)
+
+
+def graph_of(file: ModelFile, example: Tensor) -> Any:
+    """Return the openvino.Model of a file for inputs of the shape of `example`; raises RuntimeFailed if it has none."""
+    if file.fixed_batch and len(example) != file.fixed_batch:  # OpenVINO would make another model for another batch
+        raise RuntimeFailed(f"{file.path.name} takes batches of {file.fixed_batch} only, not of {len(example)}.")
+    graph = _read(file.path)
+    try:
+        graph.reshape(list(example.shape))
+    except Exception as error:
+        shapes = f"{tuple(example.shape)}; it was written for {shape_text(file.shape)}"
+        raise RuntimeFailed(f"{file.path.name} does not work for inputs of shape {shapes} ({cause(error)}).") from error
+    return graph
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """Write a shape with a question mark for sizes left open: (?, 3, 224, 224)."""
+    return f"({', '.join(str(size) if size else '?' for size in shape)})"
+
+
+def _read(path: Path) -> Any:
+    """Return the openvino.Model of a file, by the reader of its format; Core.read_model would ask every other too."""
+    from openvino.frontend import FrontEndManager
+
+    reader = FrontEndManager().load_by_framework(READERS[path.suffix.lower()])
+    try:
+        model = reader.convert(reader.load(str(path)))
+    except Exception as error:  # of classes that OpenVINO does not name in public
+        raise _unreadable(path, str(error).strip().splitlines()[-1].rstrip(".!")) from error
+    if not model.outputs:
+        raise _unreadable(path, "there is no model in it")
+    return model
+
+
+def _unreadable(path: Path, why: str) -> RuntimeFailed:
+    beside = "; its .bin belongs beside it" if path.suffix.lower() == ".xml" else ""
+    return RuntimeFailed(f"{path} cannot be read as {FORMATS[path.suffix.lower()]}: {why}{beside}.")
+
+
+def _counted(node, batch: int) -> Iterator[FileLayer]:
+    """Yield the counts of a node that multiplies by constants; products of two activations have no weights."""
+    kind = KINDS.get(node.get_type_name())
+    weights = _constant(node.input_value(1).get_node()) if kind else None
+    if weights is None:
+        return
+    shape, output = tuple(node.input(1).get_shape()), tuple(node.get_output_shape(0))
+    channels = output[1] if kind == "Convolution" else output[-1]
+    each = math.prod(shape) // channels  # multiplications behind one output number
+    values = np.asarray(weights.data)
+    macs = each * math.prod(output) // batch
+    yield FileLayer(node.get_friendly_name(), kind, values.size, int(np.count_nonzero(values)), macs, (1, *output[1:]))
+
+
+def _constant(node):
+    """Return the constant behind a weight, through what decompresses it; None for a computed one."""
+    while node.get_type_name() != "Constant":
+        if not node.inputs() or node.get_type_name() == "Parameter":
+            return None
+        node = node.input_value(0).get_node()
+    return node
+
+
+def _values(node) -> int:
+    return math.prod(node.get_output_shape(0))
+
+
+def _weighs(node) -> bool:
+    """Return True for numbers that are computed with; constants of 32 or 64 whole bits are shapes, axes, indices."""
+    return node.get_element_type().get_type_name() not in ("i64", "i32", "u64", "boolean", "string")
