@@ -31,9 +31,7 @@ RESULTS = (
     wb.DistillationRelational(),
     *(wb.MagnitudePruning(sparsity=s, finetune=1) for s in (0.8, 0.9)),
     wb.Pipeline([wb.MagnitudePruning(), wb.QuantizationAwareTraining()]),
-    wb.Pipeline(
-        [wb.MagnitudePruning(sparsity=0.8), wb.WeightClustering(), wb.Quantization(), wb.FineTune(epochs=1)]
-    ),
+    wb.Pipeline([wb.MagnitudePruning(sparsity=0.8), wb.WeightClustering(), wb.Quantization(), wb.FineTune(epochs=1)]),
     *(wb.ChannelPruning(sparsity=s, finetune=1) for s in (0.5, 0.75)),
     wb.LowRank(rank=0.1, finetune=1),
     wb.EntropyAwareTraining(),

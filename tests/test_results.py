@@ -69,7 +69,7 @@ def offered_in_notebooks():
         texts = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
         names = {name for text in texts if "wb.panel(" in text for name in re.findall(r"\bwb\.([A-Z]\w+)", text)}
         found |= {name for name in names if getattr(getattr(wb, name), "trains", False)}
-    return sorted(found)
+    return sorted(found - {"FineTune"})  # a stage of pipelines: their presets are tested below
 
 
 FROM_NOTEBOOKS = {  # presets that train; one-shot stages around a shipped one are computed

@@ -45,6 +45,14 @@ def test_inertia_is_within_two_percent_of_scikit_learn(count, initial):
     assert data.inertia(kmeans(data, count, initial)) <= 1.02 * theirs.inertia_
 
 
+@pytest.mark.parametrize("name", [name for name, _ in weighted_layers(wb.load_model("glyphs-cnn"))])
+def test_inertia_on_trained_weights_is_within_two_percent_of_scikit_learn(name):
+    cluster = pytest.importorskip("sklearn.cluster")
+    data = SortedValues.of(wb.load_model("glyphs-cnn").get_submodule(name).weight)
+    theirs = cluster.KMeans(16, n_init=1, random_state=0).fit(data.values[:, None])
+    assert data.inertia(kmeans(data, 16)) <= 1.02 * theirs.inertia_
+
+
 @given(st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=60), st.integers(1, 12), st.sampled_from(INITIAL))
 def test_centroids_are_means_of_what_is_nearest_to_them(values, count, initial):
     data = SortedValues.of(torch.tensor(values))

@@ -51,6 +51,21 @@ def test_symmetric_min_max_equals_torch_quantize_per_channel():
     assert torch.equal(theirs.int_repr().int(), quantizer.symbols(weight))
 
 
+@pytest.mark.parametrize("shift", [-3.0, 0.0, 0.7, 5.0])
+def test_the_range_of_an_input_is_that_of_torch_s_observer(shift):
+    from torch.ao.quantization.observer import MinMaxObserver
+
+    x = torch.randn(4, 30, generator=torch.Generator().manual_seed(0)) + shift
+    theirs = MinMaxObserver(dtype=torch.quint8, quant_min=0, quant_max=255)
+    theirs(x)
+    scale, zero = theirs.calculate_qparams()
+    model = nn.Sequential(nn.Linear(30, 2)).eval()
+    ours = wb.Quantization(calibration="min-max").compress(model, x)[0].input_quantizer
+    assert torch.allclose(ours.scale, scale) and int(ours.zero_point) == int(zero)
+    wanted = torch.fake_quantize_per_tensor_affine(x, float(ours.scale), int(zero), 0, 255)
+    assert torch.equal(ours(x), wanted)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_least_error_calibration_is_never_worse_than_the_extremes(bits):
     weight = weight_of(shape=(4, 2000))

@@ -325,6 +325,16 @@ def test_two_of_four_weights_survive_the_format_of_sparse_tensor_cores():
     assert torch.equal(conversions.sparse_semi_structured_to_dense_cutlass(packed, places), weight)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Sparse tensor cores are NVIDIA's; there is no GPU here.")
+def test_two_of_four_weights_multiply_on_sparse_tensor_cores():
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(256, 128, bias=False)).eval()
+    weight = SemiStructuredPruning().compress(layer)[0].weight.detach().half().cuda()
+    x = torch.randn(256, 64, dtype=torch.half, device="cuda")
+    packed = torch.sparse.to_sparse_semi_structured(weight)
+    assert torch.allclose(packed @ x, weight @ x, rtol=1e-2, atol=1e-2)
+
+
 def test_patterns_of_convolutions_run_along_input_channels(model):
     small = SemiStructuredPruning(pattern="1:4").compress(model)
     groups = small[3].weight.movedim(1, -1).unflatten(-1, (-1, 4))
