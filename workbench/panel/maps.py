@@ -105,7 +105,9 @@ class MapPanel(ipywidgets.VBox):
         figure = plots.win_lose_plot(self.shown)
         # A title in a figure does not wrap; on a narrow page the sentence stands below instead.
         self.plot.draw(figure.update_layout(title_text=self.shown.title, margin_t=40))
-        self.caption.html = f"{escape(self.shown.what)} ▲ faster, ▼ slower, ≈ not distinguishable, · not measured."
+        key = "▲ faster, ▼ slower, ≈ not distinguishable, · not measured"
+        # The count makes each text a new one: a page that was opening when the last was sent gets this one.
+        self.caption.html = f"{escape(self.shown.what)} {_cells(self.shown)}: {key}."
 
     def _failed(self, error: Exception) -> None:
         self._say("failed", words.sentence(error))
