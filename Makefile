@@ -9,7 +9,7 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_in
 PYTHON  ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python3.10,\
              $(shell $(name) -c '$(SUPPORTED)' 2>/dev/null && echo $(name))))
 
-.PHONY: help dashboard lab test check format bench coverage glyphs train records results headlines clean
+.PHONY: help dashboard lab test check format bench bench-profiler coverage glyphs train records results headlines clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make check       lint, formatting, notebooks without outputs"
 	@echo "make format      format code and notebooks, strip outputs"
 	@echo "make bench       time the dashboards in a real browser"
+	@echo "make bench-profiler   put the profiler to the test: repeats, agreement, overhead, scenarios (a quiet machine)"
 	@echo "make coverage    try five techniques on every classification model of torchvision (hours; goes on where it was)"
 	@echo "make glyphs      build the embedded data set again"
 	@echo "make train       train the shipped models again"
@@ -48,6 +49,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.test
 	$(BIN)/python scripts/bench.py $(ARGS)
+
+bench-profiler: $(VENV)/.test
+	$(BIN)/python scripts/bench_profiler.py $(ARGS)
 
 coverage: $(VENV)/.test
 	$(BIN)/python scripts/coverage.py $(ARGS)

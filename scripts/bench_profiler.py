@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils import benchmark
@@ -28,7 +29,8 @@ from workbench.runtimes import Prepared, runtime
 MODELS = ("glyphs-cnn", "resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "squeezenet1_1", "mnasnet0_5")
 REPEATS, FEWEST_ALIKE = 10, 9
 ALIKE, OVERHEAD = 0.05, 0.02
-PAIRS_S = 4.0  # of calls in turns, for the median of their ratios
+PAIRS_S, LONGEST_S, FEWEST_PAIRS = 4.0, 20.0, 30  # of calls in turns; the longest where few are undisturbed
+ALONE = 0.97  # processor time by wall time: below it another process had the processor meanwhile
 SHORTEST_MS = 4.0  # of the calls that make one half of a pair: far above what one look at the clock takes
 
 
@@ -97,27 +99,43 @@ def repeated_medians(name: str, prepared: Prepared, calls: int) -> Finding:
     return Finding(name, "repeats itself", words, sum(near) + noisy >= FEWEST_ALIKE)
 
 
-def agreement(prepared: Prepared, seconds: float = PAIRS_S) -> float:
+def agreement(prepared: Prepared) -> float:
     """Return our median by that of `torch.utils.benchmark`, of single calls that were taken in turns."""
     timer = benchmark.Timer("run()", globals={"run": prepared.run}, num_threads=prepared.threads)
-    ours, theirs, until = [], [], time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        theirs.append(timer.timeit(1))  # with two calls before it that are not counted, as ours has one
-        with undisturbed(prepared.threads):
-            prepared.run()
-            ours.append(prepared.timed())
+    theirs, ours = _in_turns(prepared, lambda: timer.timeit(1), prepared.timed)
     return statistics.median(ours) / (1000 * benchmark.Measurement.merge(theirs)[0].median)
 
 
-def overhead(prepared: Prepared, seconds: float = PAIRS_S) -> float:
+def overhead(prepared: Prepared) -> float:
     """Return how much longer timed calls take than the same calls by themselves, as a part of the latter."""
     count = max(1, round(SHORTEST_MS / latency(prepared, 10).median_ms))
-    ratios, until = [], time.perf_counter() + seconds
-    while time.perf_counter() < until:
+    timed, plain = _in_turns(prepared, lambda: _spent(prepared.timed, count), lambda: _spent(prepared.run, count))
+    return statistics.median(t / p for t, p in zip(timed, plain, strict=True)) - 1
+
+
+def _in_turns(prepared: Prepared, first: Callable, second: Callable) -> tuple[list, list]:
+    """Call both in turns, and return what each gave in those turns in which no other process had the processor."""
+    found, start = ([], []), time.perf_counter()
+    while time.perf_counter() - start < (PAIRS_S if len(found[0]) >= FEWEST_PAIRS else LONGEST_S):
         with undisturbed(prepared.threads):
             prepared.run()
-            ratios.append(_spent(prepared.timed, count) / _spent(prepared.run, count))
-    return statistics.median(ratios) - 1
+            one, alone = _watched(first)
+            prepared.run()
+            other, too = _watched(second)
+        if alone and too:
+            found[0].append(one)
+            found[1].append(other)
+    if not found[0]:
+        raise SystemExit("Other processes had the processor all the time; run this again on a quiet machine.")
+    return found
+
+
+def _watched(act: Callable) -> tuple[Any, bool]:
+    """Return what `act` gives, and whether this process had a processor all the while."""
+    processor, wall = time.process_time(), time.perf_counter()
+    result = act()
+    wall = time.perf_counter() - wall
+    return result, time.process_time() - processor > ALONE * wall
 
 
 def _spent(act: Callable, count: int) -> float:

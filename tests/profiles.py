@@ -101,7 +101,7 @@ def win_lose_map():
     ratio = np.array([[0.4, 0.8, 1.01, np.nan], [0.9, 1.6, 3.2, 6.1], [1.0, 2.2, 7.5, 14.0]])
     return WinLoseMap(
         "CSR against dense", "batch", (1, 8, 64, 256), "zeros", ("70 %", "90 %", "95 %"), ratio, 0.95 * ratio,
-        1.05 * ratio, "times faster than the dense product, 1024 by 1024, one thread",
+        1.05 * ratio, "A linear layer of 1024×1024 whose smallest weights are zero, as CSR and dense, both in torch.",
     )  # fmt: skip
 
 
@@ -134,5 +134,6 @@ def report(baseline=True, **changes):
         "software": tuple(software()),
         "memory": memories(),
         "energy": "not available on this machine",
+        "maps": (win_lose_map(),),
     }
     return replace(found, **{**rest, **changes})

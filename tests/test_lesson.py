@@ -26,7 +26,7 @@ SAMPLE = {  # one or two settings of each sweep, counted anew
     "clustering": [{"bits": 3, "initial": "linear", "scope": "layer"}],
 }
 PARTS = (
-    *("## When you leave", "## The idea", "## A toy", "$$", "lesson.source(", "lesson.predict(", "wb.panel("),
+    *("## When you leave", "## The idea", "## A toy", "$$", "lesson.source(", "lesson.predict(", "panel = "),
     *("lesson.check_prediction(", "## Reading", "## A closer look", "## The trade-off", "## When it does not help"),
     *("lesson.task(", "lesson.solution(", "## In three sentences", "**Sources.**"),
 )
@@ -49,7 +49,7 @@ class FakePanel:
     def __init__(self):
         self.status = View()
         self.point, self.baseline = None, point("baseline", 1000, 90)
-        self.runtime = SimpleNamespace(value="eager")
+        self.place = "eager"
         self.knobs = {knob.name: knob for knob in wb.LowRank.settings()}
         self.turn = 0
 
@@ -271,6 +271,18 @@ def test_task_asks_for_time(monkeypatch, ratio, faster, same):
     shown.timings["eager"] = SimpleNamespace(done=True)
     panel.move(shown)
     assert (quick.solved_by is not None, slow.solved_by is not None) == (faster, same)
+
+
+def test_task_asks_for_a_verdict(monkeypatch):
+    panel, shown = FakePanel(), point("a", 500, 90)
+    panel.move(point("opening", 1000, 90))
+    asked = lesson.task(panel, "No kernel.", verdict="no kernel")
+    panel.move(shown)
+    assert "is being measured" in asked.html
+    for kind, solved in (("faster", False), ("no kernel", True)):
+        monkeypatch.setattr(lesson, "verdict_of", lambda *args, kind=kind: SimpleNamespace(kind=kind))
+        panel.move(shown)
+        assert f"verdict {kind}, wanted no kernel" in asked.html and (asked.solved_by is shown) == solved
 
 
 # --- measured when the page opens ----------------------------------------------------------------------------------

@@ -81,14 +81,12 @@ class Burning(Pretended):
 
 @pytest.fixture
 def package(monkeypatch, tmp_path):
-    folder = tmp_path / "intel-rapl:0"
-    (tmp_path / "intel-rapl:0:0").mkdir()
-    (tmp_path / "intel-rapl:0:0" / "name").write_text("core\n")  # a part of the package, not to be counted twice
-    folder.mkdir()
-    for name, text in {"name": "package-0\n", "energy_uj": "5\n", "max_energy_range_uj": f"{10**9}\n"}.items():
-        (folder / name).write_text(text)
+    for domain, title in {"intel-rapl:0": "package-0", "intel-rapl:0:0": "core"}.items():  # the core is a part of it
+        (tmp_path / domain).mkdir()
+        for name, text in {"name": title, "energy_uj": 5, "max_energy_range_uj": 10**9}.items():
+            (tmp_path / domain / name).write_text(f"{text}\n")
     monkeypatch.setattr(MODULE, "POWERCAP", tmp_path)
-    return folder
+    return tmp_path / "intel-rapl:0"
 
 
 def test_energy_is_what_the_counter_says(package):

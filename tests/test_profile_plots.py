@@ -46,7 +46,7 @@ def test_tiles_of_a_module_add_up_to_it(by):
 def test_layers_of_an_onnx_file_lie_in_their_modules():
     layer = replace(profiles.layer_times().layers[0], name="/features/features.0/Conv")
     tiles = plots.layer_treemap(replace(profiles.layer_times(), layers=(layer,), outside_ms=0.0)).data[0]
-    assert list(tiles.labels) == ["features", "features.0", "Conv"] and list(tiles.parents)[0] == ""
+    assert list(tiles.labels) == ["features", "features.0", "Conv"] and tiles.parents[0] == ""
 
 
 def test_tiles_of_time_add_up_to_the_whole():
@@ -89,6 +89,7 @@ def test_layers_lie_where_they_were_measured_and_arrows_join_before_and_after():
     arrows = list(zip(trace["roofline-arrows"].x, trace["roofline-arrows"].y, strict=True))
     assert len(arrows) == 3 * len(after)  # from, to, and a gap; both halves of the split layer start at the whole
     assert arrows[3] == arrows[6] == (35.0, 90.0)
+    assert plots.roofline_arrows(before, before) == {"x": [], "y": []}  # nothing moved
 
 
 def test_no_roof_is_drawn_above_what_was_measured():

@@ -13,10 +13,12 @@ import workbench as wb
 from workbench import plots
 from workbench.panel import MapPanel, ProfilerPanel, measure, profiler, words
 from workbench.panel.measure import Point, Prediction
+from workbench.profiler import LayerTime, LayerTimes
 from workbench.profiler.maps import WinLoseMap
 from workbench.profiler.roofline import Roofline
 from workbench.profiler.verdicts import Verdict
 from workbench.runtimes import RuntimeFailed
+from workbench.surgery import clone
 
 ROOFS = Roofline({"fp32": 100.0, "int8": 400.0}, {"L1": 200.0, "memory": 10.0}, 1, "made up", {})
 
@@ -47,8 +49,8 @@ def short(monkeypatch):
 def opened(model, data):
     made = []
 
-    def open_one(technique=wb.LowRank, **options):
-        made.append(ProfilerPanel(technique, model, data, runtime="eager", **options))
+    def open_one(technique=wb.LowRank, mine=model, **options):
+        made.append(ProfilerPanel(technique, mine, data, runtime="eager", **options))
         assert made[-1].wait_idle()
         return made[-1]
 
@@ -79,7 +81,8 @@ def test_everything_measured_is_on_the_page(opened):
     look = shown.look(shown.point)
     assert look.times.total_ms > 0 and {p.name for p in look.points} > {"0.0"}
     assert "memory-bound" in shown.verdict_view.html and "Store fewer." in shown.verdict_view.html
-    assert shown.verdict_view.html.count("<li>") == 5 and look.told()[0].layer is None  # the whole, four layers
+    assert shown.verdict_view.html.count("<li>") == 4 and look.told()[0].layer == look.times.slowest(1)[0].name
+    assert shown.words.html.count("wb-kind") == 1  # the verdict on the whole
     assert "outside layers" in shown.table.html and "data-sorts" in shown.table.html
     assert shown.header.html.startswith("<h3>Profiler: ")
 
@@ -203,6 +206,22 @@ def test_figure_always_has_the_same_traces():
     assert plots.summary(full).endswith(".")
 
 
+def test_a_layer_too_quick_for_the_clock_has_a_row():
+    quick = LayerTime("fold", "Reorder", 0.0, 0.0, 0, 0, 64, "fp32", "reorder_f32")
+    times = LayerTimes((quick,), 0.5, 0.5, "openvino", "fp32", 1, 1, False)
+    table = words.layer_times_table(times, None, [])
+    assert "<td>0.0000</td>" in table and "<td>100.0</td>" in table and words.layer_times_table(None, None, []) == ""
+
+
+def test_roofs_that_were_interrupted_are_measured_again(opened, monkeypatch):
+    taken = []
+    monkeypatch.setattr(profiler, "growing_roofline", lambda threads: taken.append(threads) or iter([ROOFS]))
+    shown = opened()
+    shown._whole_roofs.clear()  # as after Stop
+    shown.controls["rank"].value = 0.3
+    assert shown.wait_idle() and taken == [1, 1] and shown._whole_roofs == {1}
+
+
 # --- predicted, then measured --------------------------------------------------------------------------------------
 
 
@@ -211,6 +230,41 @@ def test_a_prediction_is_marked_as_one():
     point.predicted["eager"] = Prediction(0.25)
     tile = words.latency_tile("latency", "latency", "eager", point, None)
     assert "0.250" in tile and "wb-predicted" in tile and "off" not in tile
+
+
+def test_prediction_stands_until_the_measurement_and_then_beside_it(opened, model, monkeypatch):
+    shown, seen = opened(mine=clone(model)), []
+    assert shown.point.predicted == {}  # nothing was learnt before the first measurement
+    real = measure.time_point
+    monkeypatch.setattr(measure, "time_point", lambda *args: seen.append(shown.tiles.html) or real(*args))
+    shown.controls["rank"].value = 0.2
+    assert shown.wait_idle()
+    guess = shown.point.predicted["eager"]
+    assert "wb-predicted" in seen[0] and f"{guess.ms:.3f}" in seen[0]
+    assert guess.error == pytest.approx(abs(guess.ms / shown.point.timings["eager"].now.median_ms - 1))
+    assert "wb-predicted" not in shown.tiles.html and f"{100 * guess.error:.0f} % off" in shown.tiles.html
+
+
+def test_predictions_learn_from_few_models_and_each_once(model, data):
+    example = data.example()
+    points = [measure.weigh(str(i), None, model, example, measure.layer_names(model)) for i in range(7)]
+    known = measure.Foresight(measure.LatencyModel("eager", 1, 1))
+    for _ in range(2):
+        assert all(step is None for step in measure.learn(points, known, example))
+    assert known.full and len(known.learnt) == measure.MOST_LEARNT
+    assert [one.title for one in known.learnt] == ["0", "1", "2", "3", "4"]
+
+
+def test_a_runtime_without_layers_predicts_nothing(model, data, monkeypatch):
+    def refuse(*args):
+        raise RuntimeFailed("It does not show its layers.")
+
+    monkeypatch.setattr(measure, "layer_times", refuse)
+    known = measure.Foresight(measure.LatencyModel("eager", 1, 1))
+    point = measure.weigh("one", None, model, data.example(), measure.layer_names(model))
+    assert list(measure.learn([point], known, data.example())) == [None]
+    measure.predict(point, known, "eager", data.example())
+    assert point.predicted == {}
 
 
 # --- maps ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from workbench.profiler import compare_profiles, load_profile, save_profile
-from workbench.reports import SECTIONS, html_page, investigate, words
+from workbench.reports import SECTIONS, collect, html_page, investigate, words
 from workbench.reports.page import POLICY
 from workbench.subjects import Subject
 
@@ -103,7 +103,17 @@ def test_names_are_shown_and_never_run():
 @pytest.mark.parametrize("baseline", [True, False])
 def test_a_page_has_only_what_was_measured(baseline):
     bare = dict.fromkeys(("layers", "baseline_layers", "roofline"))
-    bare |= {"verdicts": (), "scenarios": {}, "sweep": (), "software": (), "memory": {}, "energy": ""}
+    bare |= {"verdicts": (), "scenarios": {}, "sweep": (), "software": (), "memory": {}, "energy": "", "maps": ()}
     page = html_page(profiles.report(baseline, **bare))
     assert page.count("<figure ") == 1 and "Scenarios" not in page and "Where this was measured" in page
-    assert html_page(profiles.report(baseline)).count("<figure ") == (8 if baseline else 7)
+    assert html_page(profiles.report(baseline)).count("<figure ") == (9 if baseline else 8)
+
+
+def test_a_section_that_breaks_leaves_the_others(monkeypatch):
+    def breaks(case, report):
+        yield "breaking", {}
+        raise KeyError("kernel")
+
+    monkeypatch.setitem(collect.MEASURE, "memory", breaks)
+    found = investigate(subject(), None, ("layers", "memory"), runtimes=["eager"], calls=6)
+    assert found.layers is not None and found.missing == {"memory": "KeyError, 'kernel'"}

@@ -12,7 +12,14 @@ CELLS = (
 )
 
 
-def write_notebook(path, technique="LowRank", images=1200):
+PROFILER = (
+    CELLS[0],
+    "from workbench.panel import ProfilerPanel\n"
+    "shown = ProfilerPanel(wb.{technique}, model, data, runtime='eager')\nshown",
+)
+
+
+def write_notebook(path, technique="LowRank", images=1200, sources=CELLS):
     """Write a notebook with one panel on the toy model."""
     cells = [
         {
@@ -23,7 +30,7 @@ def write_notebook(path, technique="LowRank", images=1200):
             "outputs": [],
             "execution_count": None,
         }
-        for i, source in enumerate(CELLS)
+        for i, source in enumerate(sources)
     ]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     path.write_text(json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))

@@ -5,6 +5,8 @@ import pytest
 
 from workbench.reports import html_page
 
+SCROLLS = """() => [...document.querySelectorAll('.wide')]
+  .filter(one => one.scrollWidth > one.clientWidth).map(one => one.textContent.slice(0, 80))"""
 DRAWN = "document.querySelectorAll('.js-plotly-plot .main-svg').length > 0 && " + (
     "[...document.querySelectorAll('.js-plotly-plot')].every(plot => plot.querySelector('.main-svg'))"
 )
@@ -35,10 +37,12 @@ def test_the_page_is_whole_without_a_network(page, address, screenshots, width):
     page.goto(address)
     page.wait_for_function(DRAWN)
     assert page.visit.requests == [address] and page.visit.errors == []
-    assert page.locator(".js-plotly-plot").count() == 8
+    assert page.locator(".js-plotly-plot").count() == 9
     page.screenshot(path=screenshots / f"report-{width}.png", full_page=True)
     assert page.evaluate(OUTSIDE) == [] and page.evaluate(CUT) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert page.evaluate(SCROLLS) == []
 
 
 def test_tables_sort_by_value_at_a_click_and_by_the_keyboard(page, address):

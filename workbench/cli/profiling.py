@@ -17,6 +17,7 @@ SECTIONS = {  # flags, and what each measures
     "sweep": "batch sizes and threads, and the knee",
     "software": "the uncompressed model made faster by software alone",
     "memory": "weights, activations, resident size, and energy where the machine tells",
+    "maps": "where sparsity, rank, bit width and channel widths win or lose on this machine; about a minute",
 }
 
 
@@ -42,7 +43,7 @@ def add_profile(commands):
 
 
 def _add_sections(parser) -> None:
-    group = parser.add_argument_group("further measurements", "each takes some seconds")
+    group = parser.add_argument_group("further measurements", "each takes some seconds on a quiet machine")
     for name, words in SECTIONS.items():
         group.add_argument(f"--{name}", action="store_true", help=words)
     group.add_argument("--all", action="store_true", help="all of them")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from html import escape
 
 import ipywidgets
 import numpy as np
@@ -12,15 +13,14 @@ from workbench import plots
 from workbench.panel import controls, words
 from workbench.panel.lesson import Card, Plot
 from workbench.panel.worker import Steps, Worker
-from workbench.profiler import maps as measured
-from workbench.profiler.maps import WinLoseMap
+from workbench.profiler.maps import WinLoseMap, integer_map, low_rank_map, sparse_map, width_map
 
 FRAME = 1.0  # seconds between two drawings: each replaces the whole figure on the page
 MAPS: dict[str, Callable[[], Iterator[WinLoseMap]]] = {
-    "zeros × batch": lambda: measured.sparse_map(),
-    "rank × size": lambda: measured.low_rank_map(),
-    "bits × size": lambda: measured.integer_map(),
-    "channels": lambda: measured.width_map(),
+    "zeros × batch": sparse_map,
+    "rank × size": low_rank_map,
+    "bits × size": integer_map,
+    "channels": width_map,
 }
 
 
@@ -37,7 +37,8 @@ class MapPanel(ipywidgets.VBox):
         self.choice = controls.choice("map", names, first or names[0][1], "What is compressed, and over what")
         self.measure_button = controls.button("Measure", "Measure this map here, now", self.measure, accent=True)
         self.stop_button = controls.button("Stop", "Stop; what is measured stays", self.stop, disabled=True)
-        self.status = Card(kind="wb-status", role="status")
+        self.status = controls.View(kind="wb-status", role="status")
+        self.caption = Card(kind="wb-note", name="what the map shows")
         self.plot = Plot()
         self.worker = Worker(self._failed)
         self.choice.observe(lambda _: self._choose(), "value")
@@ -98,10 +99,13 @@ class MapPanel(ipywidgets.VBox):
 
     def _draw(self) -> None:
         self._drawn = time.monotonic()
-        if self.shown is not None:
-            self.plot.draw(plots.win_lose_plot(self.shown))
-        else:
-            self.plot.outputs = ()
+        if self.shown is None:
+            self.plot.outputs, self.caption.html = (), ""
+            return
+        figure = plots.win_lose_plot(self.shown)
+        # A title in a figure does not wrap; on a narrow page the sentence stands below instead.
+        self.plot.draw(figure.update_layout(title_text=self.shown.title, margin_t=40))
+        self.caption.html = f"{escape(self.shown.what)} ▲ faster, ▼ slower, ≈ not distinguishable, · not measured."
 
     def _failed(self, error: Exception) -> None:
         self._say("failed", words.sentence(error))

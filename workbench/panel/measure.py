@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from workbench.artifact import ledger
 from workbench.profiler import Latency, LayerCost, layer_costs, measure
 from workbench.profiler.layers import LayerTimes, layer_times
-from workbench.profiler.limits import Limits
 from workbench.profiler.predict import LatencyModel
 from workbench.profiler.report import Difference, accuracy_difference
 from workbench.profiler.verdicts import Taken, Verdict, whole_verdict
@@ -63,7 +62,6 @@ class Point:
     layer_bytes: dict[str, int]
     layer_macs: dict[str, int]
     layer_parameters: dict[str, int]
-    costs: tuple[LayerCost, ...] = ()
     hits: Tensor | None = None  # bool (N,): which validation images are right, in order
     exact: bool = False  # every validation image was looked at
     timings: dict[str, Timing] = field(default_factory=dict)  # by place: runtime, and batch and threads if not 1
@@ -72,6 +70,7 @@ class Point:
     test_hits: Tensor | None = None
     steps: list = field(default_factory=list)  # of the training that made it
     note: str = ""
+    costs: tuple[LayerCost, ...] = ()  # of its layers, on one image
 
     @property
     def accuracy(self) -> Accuracy | None:
@@ -94,7 +93,8 @@ def weigh(title: str, technique: Technique | None, model: nn.Module, example: Te
     for cost in costs:
         layer_macs[home(cost.name, layers)] += cost.macs
     counts = (book.total_bytes, book.parameters, sum(layer_macs.values()))
-    return Point(title, technique, model, *counts, layer_bytes, layer_macs, layer_parameters, tuple(costs))
+    found = (layer_bytes, layer_macs, layer_parameters)
+    return Point(title, technique, model, *counts, *found, costs=tuple(costs))
 
 
 def home(name: str, layers: list[str]) -> str:
@@ -200,13 +200,13 @@ def _try(model: nn.Module, example: Tensor, name: str, threads: int) -> Prepared
         return None
 
 
-def verdict_of(point: Point, baseline: Point, place: str, known: Limits | None = None) -> Verdict | None:
+def verdict_of(point: Point, baseline: Point, place: str) -> Verdict | None:
     """Say why a point is faster or not, from the latencies that were taken; None while they are not."""
     timing = point.timings.get(place)
     if timing is None or not timing.done:
         return None
     now = Taken.of(point.model, timing.now, point.costs, timing.kernels)
-    return whole_verdict(now, Taken.of(baseline.model, timing.baseline, baseline.costs, timing.baseline_kernels), known)
+    return whole_verdict(now, Taken.of(baseline.model, timing.baseline, baseline.costs, timing.baseline_kernels))
 
 
 # --- predicted, then measured --------------------------------------------------------------------------------------

@@ -55,16 +55,15 @@ class Look:
     finished: set[str] = field(default_factory=set)  # scenarios that were not stopped
     times: LayerTimes | None = None
     points: list[RooflinePoint] = field(default_factory=list)
-    whole: Verdict | None = None
     verdicts: list[Verdict] | None = None  # one for each layer of `times`
     why_not: str = ""
 
     def told(self, most: int = 4) -> list[Verdict]:
-        """Return the verdict on the whole, and those on the layers that take most time."""
-        if self.whole is None or self.verdicts is None:
+        """Return the verdicts on the layers that take most time, the slowest first."""
+        if self.verdicts is None:
             return []
         by_time = sorted(zip(self.times.layers, self.verdicts, strict=True), key=lambda pair: -pair[0].ms)
-        return [self.whole, *(said for _, said in by_time[:most])]
+        return [said for _, said in by_time[:most]]
 
 
 class ProfilerPanel(Panel):
@@ -92,7 +91,8 @@ class ProfilerPanel(Panel):
             raise ValueError(f"threads is {threads}; this process may use 1 to {cores}.")
         self._begin = {"scenario": scenario, "batch": batch, "threads": threads}
         self._looks: dict[tuple, Look] = {}
-        self._roofs: dict[int, Roofline] = {}
+        self._roofs: dict[int, Roofline] = {}  # by the number of threads, as far as they are measured
+        self._whole_roofs: set[int] = set()
         super().__init__(technique, model, data, records=[], **options)
 
     # --- what is on the page ---------------------------------------------------------------------------------------
@@ -218,12 +218,13 @@ class ProfilerPanel(Panel):
 
     def _look_inside(self, point: Point, here: Here, stale) -> Steps:
         """Measure the roofs of this machine, once, and the layers of both models."""
-        if here.threads not in self._roofs:
+        if here.threads not in self._whole_roofs:
             self._progress("measuring", "measuring the roofs of this machine …", stale)
             for roofs in growing_roofline(here.threads):
                 self._roofs[here.threads] = roofs
                 self._tick("measuring", "measuring the roofs of this machine …", stale)
                 yield
+            self._whole_roofs.add(here.threads)
         for one in (self.baseline, point):
             look = self.look(one, here.place)
             if look.times is None and not look.why_not:
@@ -248,7 +249,6 @@ class ProfilerPanel(Panel):
             yield
             known = limits(here.runtime, here.threads)
             yield
-            look.whole = measure.verdict_of(point, self.baseline, here.place, known)
             look.verdicts = layer_verdicts(point.model, self._example_of(here), look.times, known)
             self._draw()
 

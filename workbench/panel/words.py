@@ -330,7 +330,7 @@ def _why(now: Point, baseline: Point, place: str) -> list[str]:
     timing, found = now.timings.get(place), verdict_of(now, baseline, place)
     if found:
         said.append(judged(found))
-    if found and timing.now.noisy:
+    if found and timing.now.noisy and "drifted" not in found.evidence:
         said.append("The times drifted while they were measured, so take them with care.")
     if found and found.kind != "no kernel" and "simulated" in timing.note:
         said.append(escape(timing.note[0].upper() + timing.note[1:]) + ".")
@@ -347,7 +347,7 @@ def verdict_list(verdicts: Iterable[Verdict], why_not: str = "") -> str:
     """Return the verdicts in their order, each with its evidence and one thing to try."""
     rows = "".join(f"<li>{judged(verdict)}</li>" for verdict in verdicts)
     missing = f"<p>{escape(why_not)}</p>" if why_not else ""
-    return f"<h4>Why it is as fast as it is</h4><ul>{rows}</ul>{missing}" if rows or missing else ""
+    return f"<h4>What holds the slowest layers back</h4><ul>{rows}</ul>{missing}" if rows or missing else ""
 
 
 def judged(verdict: Verdict) -> str:
@@ -382,7 +382,9 @@ def layer_times_table(now: LayerTimes | None, before: LayerTimes | None, verdict
     was = {layer.name: layer.ms for layer in before.layers} if before else {}
     heads = ("ms", "before", "share, %", "multiply-adds", "weights, bytes", "in and out, bytes", "kernel", "verdict")
     head = "".join(f"<th scope=col>{text}</th>" for text in ("layer", *heads))
-    rows = "".join(_times_row(layer, was.get(layer.name), kinds.get(layer.name, "")) for layer in now.layers)
+    rows = "".join(
+        _times_row(layer, was.get(layer.name), now.total_ms, kinds.get(layer.name, "")) for layer in now.layers
+    )
     ends = [("outside layers", now.outside_ms, before and before.outside_ms)]
     ends.append(("end to end", now.total_ms, before and before.total_ms))
     foot = "".join(_row(text, [*_shares(ms, old, now.total_ms), *[""] * 5]) for text, ms, old in ends)
@@ -390,9 +392,9 @@ def layer_times_table(now: LayerTimes | None, before: LayerTimes | None, verdict
     return f"<details><summary>Layers</summary><div class='wb-tables'><table data-sorts>{made}</table></div></details>"
 
 
-def _times_row(layer: LayerTime, before_ms: float | None, verdict: str) -> str:
+def _times_row(layer: LayerTime, before_ms: float | None, total_ms: float, verdict: str) -> str:
     counts = [f"{number:,}" for number in (layer.macs, layer.weight_bytes, layer.activation_bytes)]
-    cells = [*_shares(layer.ms, before_ms, layer.ms / max(layer.share, 1e-12)), *counts, escape(layer.kernel), verdict]
+    cells = [*_shares(layer.ms, before_ms, total_ms), *counts, escape(layer.kernel), verdict]
     return _row(f"{escape(layer.name)} <small>{escape(layer.kind)}</small>", cells)
 
 

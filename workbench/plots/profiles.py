@@ -50,6 +50,7 @@ MEASURES = {  # what a layer's tile may stand for: its title, and its words
 }
 OUTSIDE = "outside layers"
 INSIDE = " › "  # between a module and what it holds
+LEAST_MOVE = 0.06  # powers of ten: 15 % on both axes of a roofline
 MOST_STEPS = 14  # of a waterfall; the smaller ones are summed
 LEVELS = ("L1", "L2", "L3", "memory")
 DASHES = ("solid", "dash", "dashdot", "dot")
@@ -243,14 +244,24 @@ def roofline_points(points: Sequence[RooflinePoint]) -> dict[str, list]:
 
 
 def roofline_arrows(before: Sequence[RooflinePoint], after: Sequence[RooflinePoint]) -> dict[str, list]:
-    """Return x and y of lines from each layer before to the same layer, or to each of its parts, after."""
+    """Return x and y of lines from each layer before to the same layer, or to each of its parts, after.
+
+    A layer that hardly moved has none: an arrow shorter than its own head points nowhere.
+    """
     old, xs, ys = {point.name: point for point in before}, [], []
     for point in after:
         start = next((old[name] for name in _ancestors(point.name) if name in old), None)
-        if start is not None:
+        if start is not None and _moved(start, point):
             xs += [start.intensity, point.intensity, None]
             ys += [start.gflops, point.gflops, None]
     return {"x": xs, "y": ys}
+
+
+def _moved(before: RooflinePoint, after: RooflinePoint) -> bool:
+    if not all((before.intensity, before.gflops, after.intensity, after.gflops)):
+        return False
+    along, up = math.log10(after.intensity / before.intensity), math.log10(after.gflops / before.gflops)
+    return math.hypot(along, up) > LEAST_MOVE
 
 
 def _roofs(roofline: Roofline) -> list[go.Scatter]:
@@ -307,14 +318,14 @@ def _roofline_words(roofline: Roofline | None, points: Sequence[RooflinePoint]) 
 
 
 def win_lose_plot(found: WinLoseMap) -> go.Figure:
-    """Draw how many times faster each cell was: ▲ faster, ▼ slower, ≈ inside the noise, · not measured yet."""
+    """Draw how many times faster each cell was: ▲ faster, ▼ slower, ≈ inside the noise, · not measured."""
     ratio, low, high = (np.asarray(values, dtype=float) for values in (found.ratio, found.low, found.high))
     signs = win_lose_signs(ratio, low, high)
     shade = np.where((signs == SAME) | (signs == UNKNOWN), 0.0, np.log2(np.nan_to_num(ratio, nan=1.0)))
     text = [
         [_cell_text(sign, value) for sign, value in zip(*row, strict=True)] for row in zip(signs, ratio, strict=True)
     ]
-    words = {FASTER: "faster", SLOWER: "slower", SAME: "not distinguishable", UNKNOWN: "not measured yet"}
+    words = {FASTER: "faster", SLOWER: "slower", SAME: "not distinguishable", UNKNOWN: "not measured"}
     heat = go.Heatmap(
         z=shade,
         x=[str(x) for x in found.x],
@@ -334,11 +345,10 @@ def win_lose_plot(found: WinLoseMap) -> go.Figure:
     )
     figure = go.Figure(heat).update_xaxes(title=found.x_name, type="category", showgrid=False)
     figure.update_yaxes(title=found.y_name, type="category", showgrid=False)
-    key = f"{FASTER} faster, {SLOWER} slower, {SAME} not distinguishable"
-    title = {"text": f"{found.title}<br><span style='font-size:12px'>{found.what}: {key}</span>"}
-    layout = _title("") | {"margin": {"l": 56, "r": 16, "t": 62, "b": 48}}
-    layout["title"] |= title
-    return _calm(figure, _map_words(found, signs), 150 + 34 * len(found.y), **layout)
+    key = f"{FASTER} faster, {SLOWER} slower, {SAME} not distinguishable, {UNKNOWN} not measured"
+    small = "".join(f"<br><span style='font-size:12px'>{line}</span>" for line in (found.what, key))
+    layout = {**_title(found.title + small), "margin": {"l": 56, "r": 16, "t": 84, "b": 48}}
+    return _calm(figure, _map_words(found, signs), 172 + 34 * len(found.y), **layout)
 
 
 def win_lose_signs(ratio: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -355,7 +365,7 @@ def _cell_text(sign: str, ratio: float) -> str:
 
 def _map_words(found: WinLoseMap, signs: np.ndarray) -> str:
     counts = {sign: int((signs == sign).sum()) for sign in (FASTER, SLOWER, SAME, UNKNOWN)}
-    left = f", {counts[UNKNOWN]} not measured yet" if counts[UNKNOWN] else ""
+    left = f", {counts[UNKNOWN]} not measured" if counts[UNKNOWN] else ""
     return (
         f"{found.title}: of {signs.size} cells {counts[FASTER]} are faster, {counts[SLOWER]} slower, "
         f"{counts[SAME]} not distinguishable{left}."

@@ -3,9 +3,11 @@
 from workbench.profiler.comparison import ComparedRuntime, Comparison, compare_profiles, load_profile, save_profile
 from workbench.profiler.costs import LayerCost, layer_costs, peak_activation_bytes
 from workbench.profiler.environment import Environment, environment
-from workbench.profiler.layers import LayerTime, LayerTimes, layer_times
+from workbench.profiler.layers import LayerTime, LayerTimes, layer_times, layer_times_of
 from workbench.profiler.limits import Limits, limits
+from workbench.profiler.maps import WinLoseMap, integer_map, low_rank_map, sparse_map, width_map
 from workbench.profiler.memory import Energy, Memory, energy, memory
+from workbench.profiler.predict import LatencyModel
 from workbench.profiler.profile import profile
 from workbench.profiler.report import Difference, Measures, Profile, Run, accuracy_difference
 from workbench.profiler.roofline import Roofline, RooflinePoint, measure_roofline, points, roofline
@@ -35,6 +37,7 @@ __all__ = [
     "Energy",
     "Environment",
     "Latency",
+    "LatencyModel",
     "LayerCost",
     "LayerTime",
     "LayerTimes",
@@ -51,19 +54,23 @@ __all__ = [
     "SweepPoint",
     "Taken",
     "Verdict",
+    "WinLoseMap",
     "accuracy_difference",
     "best",
     "compare",
     "compare_profiles",
     "energy",
     "environment",
+    "integer_map",
     "knee",
     "latencies",
     "latency",
     "layer_costs",
     "layer_times",
+    "layer_times_of",
     "limits",
     "load_profile",
+    "low_rank_map",
     "measure",
     "measure_roofline",
     "memory",
@@ -79,7 +86,9 @@ __all__ = [
     "server",
     "single_stream",
     "software_first",
+    "sparse_map",
     "sweep_batches",
     "verdicts",
     "whole_verdict",
+    "width_map",
 ]

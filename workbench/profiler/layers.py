@@ -7,13 +7,15 @@ with it; what no layer accounts for is shown as time outside layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from workbench.profiler.timing import latencies
+from workbench.profiler.timing import Latency, latencies
+from workbench.runtimes import Prepared
 from workbench.runtimes import runtime as named_runtime
-from workbench.runtimes.layers import Part, instrumented
+from workbench.runtimes.layers import Instrumented, Part, instrumented
 
 BUDGET_S = 2.0
 NEGATIVE = 0.02  # of the end-to-end time: layers that add up to more than that were measured in worse conditions
@@ -71,9 +73,20 @@ def layer_times(
 
     Raises RuntimeFailed if the runtime cannot run the model or does not show its layers.
     """
-    prepared = named_runtime(runtime).prepare(model, example, threads)
-    copy = instrumented(prepared)
-    total, _ = latencies([prepared, copy], calls, BUDGET_S)
+    return layer_times_of([model], example, runtime, threads, calls)[0]
+
+
+def layer_times_of(
+    models: Sequence[nn.Module], example: Tensor, runtime: str = "eager", threads: int = 1, calls: int = 100
+) -> list[LayerTimes]:
+    """Measure the layers of several models, all in turns, so that a drift of the machine reaches all alike."""
+    ready = [named_runtime(runtime).prepare(model, example, threads) for model in models]
+    copies = [instrumented(prepared) for prepared in ready]
+    taken = latencies([*ready, *copies], calls, BUDGET_S * len(models))
+    return [_times(prepared, copy, total) for prepared, copy, total in zip(ready, copies, taken, strict=False)]
+
+
+def _times(prepared: Prepared, copy: Instrumented, total: Latency) -> LayerTimes:
     layers = tuple(_layer(*found, total.median_ms) for found in zip(copy.parts, copy.times_ms(), strict=True))
     outside = total.median_ms - sum(layer.ms for layer in layers)
     return LayerTimes(
@@ -83,7 +96,7 @@ def layer_times(
         prepared.runtime,
         prepared.precision,
         prepared.batch,
-        threads,
+        prepared.threads,
         noisy=total.noisy or outside < -NEGATIVE * total.median_ms,
     )
 

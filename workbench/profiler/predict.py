@@ -3,34 +3,37 @@
 Each kind of layer has its own line: a fixed cost, and costs for each multiply-add, each byte of weights and each byte
 moved, none below zero (after the operator-level predictors of nn-Meter; Zhang et al., 2021,
 doi:10.1145/3458864.3467882).
-What lies outside layers has one too.
+What lies outside layers has one too. Where measured layers of similar size were off that line, the next is corrected.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor, nn
 
-from workbench.profiler.layers import LayerTimes, layer_times
+from workbench.profiler.layers import LayerTimes, layer_times_of
 from workbench.runtimes import bake
 from workbench.runtimes.layers import Part, parts_of
-from workbench.surgery import weighted_layers
+from workbench.surgery import remembered, weighted_layers
 from workbench.weights import rounded_bits
 
 BLOCK = 16  # channels that kernels compute at once; a part of a block takes as long as a whole one
 SHORTEST_MS = 0.002  # times below are not told apart by all clocks, and get no more weight than this one
+DOUBT = 0.3  # of a measured layer just as large: how far a correction holds back
 OUTSIDE = "outside"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass
 class LatencyModel:
-    """Predicts a model's latency on one runtime from the shapes of its layers; see `fit` and `fitting`.
+    """Predicts a model's latency on one runtime from the shapes of its layers; see `fit`.
 
     `errors` are the relative errors of the predictions that were followed by a measurement; see `track`.
     """
@@ -46,11 +49,13 @@ class LatencyModel:
     def fit(
         cls, models: Sequence[nn.Module], example: Tensor, runtime: str = "eager", threads: int = 1, calls: int = 60
     ) -> LatencyModel:
-        """Measure the layers of a few models, say one at either end of a slider and some between, and fit to them.
+        """Measure the layers of a few models in turns, say at both ends of a slider and between, and fit to them.
 
         `example` is float (B, C, H, W). Raises RuntimeFailed if the runtime cannot run one or shows no layers.
         """
-        *_, fitted = fitting(models, example, runtime, threads, calls)
+        fitted = cls(runtime, threads, len(example))
+        for model, times in zip(models, layer_times_of(models, example, runtime, threads, calls), strict=True):
+            fitted.learn(model, example, times)
         return fitted
 
     def learn(self, model: nn.Module, example: Tensor, times: LayerTimes) -> None:
@@ -70,10 +75,17 @@ class LatencyModel:
         Layers of a kind that was never measured count as nothing but their part of what lies outside.
         """
         shapes = _shapes(model, example)
-        inside = sum(
-            float(features @ self._costs[group]) for group, features in shapes.values() if group in self._costs
-        )
+        inside = sum(self._layer_ms(*one) for one in shapes.values() if one[0] in self._costs)
         return inside + float(_outside(shapes) @ self._costs[OUTSIDE])
+
+    def _layer_ms(self, group: str, features: np.ndarray) -> float:
+        """Return the line's value, corrected by how far the line was off at measured layers of similar size."""
+        rows = np.array([row for row, _ in self._seen[group]])
+        taken = np.maximum([ms for _, ms in self._seen[group]], SHORTEST_MS)
+        off = np.log(taken / np.maximum(rows @ self._costs[group], SHORTEST_MS))
+        near = np.exp(-0.5 * ((_sizes(rows) - _sizes(features)) ** 2).sum(-1))
+        correction = float(near @ off / (near.sum() + DOUBT))
+        return float(features @ self._costs[group]) * math.exp(correction)
 
     def track(self, predicted_ms: float, measured_ms: float) -> float:
         """Note a prediction beside its measurement and return its relative error, 0.1 for ten percent off."""
@@ -86,35 +98,25 @@ class LatencyModel:
         return statistics.median(self.errors) if self.errors else None
 
 
-def fitting(
-    models: Sequence[nn.Module], example: Tensor, runtime: str = "eager", threads: int = 1, calls: int = 60
-) -> Iterator[LatencyModel]:
-    """Yield the same LatencyModel after each model measured, better each time; it predicts from the first on."""
-    fitted = LatencyModel(runtime, threads, len(example))
-    for model in models:
-        fitted.learn(model, example, layer_times(model, example, runtime, threads, calls))
-        yield fitted
-
-
 def _shapes(model: nn.Module, example: Tensor) -> dict[str, tuple[str, np.ndarray]]:
     """Return (group, features) of each layer that is called; layers of one group are alike but for their size."""
-    bits = {name: rounded_bits(layer) for name, layer in weighted_layers(model)}
-    rounded = {name for name, layer in weighted_layers(model) if hasattr(layer, "input_quantizer")}
-    plain = bake(model)
-    layers = dict(plain.named_modules())
-    parts = parts_of(plain, example[:1])
-    integer = {part.name: bits.get(part.name, 32) <= 8 and part.name in rounded for part in parts}
-    return {
-        part.name: (
-            _group(part, layers[part.name], integer[part.name]),
-            _features(part, layers[part.name], len(example)),
-        )
-        for part in parts
+    return remembered(model, ("layer shapes", tuple(example.shape)), lambda: _counted_shapes(model, example))
+
+
+def _counted_shapes(model: nn.Module, example: Tensor) -> dict[str, tuple[str, np.ndarray]]:
+    integer = {
+        name for name, layer in weighted_layers(model) if rounded_bits(layer) <= 8 and hasattr(layer, "input_quantizer")
     }
+    plain = bake(model)
+    layers, shapes = dict(plain.named_modules()), {}
+    for part in parts_of(plain, example[:1]):
+        layer = layers[part.name]
+        shapes[part.name] = (_group(part, layer, part.name in integer), _features(part, layer, len(example)))
+    return shapes
 
 
 def _group(part: Part, layer: nn.Module, integer: bool) -> str:
-    pointwise = "" if max(getattr(layer, "kernel_size", None) or (1,)) > 1 else " of one pixel"
+    pointwise = " of one pixel" if isinstance(layer, CONVOLUTIONS) and layer.weight[0, 0].numel() == 1 else ""
     grouped = " in groups" if getattr(layer, "groups", 1) > 1 else ""
     return f"{part.kind}{pointwise}{grouped}{' in int8' if integer else ''}"
 
@@ -133,22 +135,29 @@ def _filling(layer: nn.Module) -> float:
     return -(-outputs // BLOCK) * BLOCK / outputs * -(-inputs // BLOCK) * BLOCK / inputs
 
 
+def _sizes(features: np.ndarray) -> np.ndarray:
+    """Return features on a scale where layers that differ by a factor of two are one apart."""
+    return np.log2(np.maximum(features[..., 1:], 1e-6))
+
+
 def _outside(shapes: dict[str, tuple[str, np.ndarray]]) -> np.ndarray:
     """Return 1, the number of layers, and the MB moved by all of them."""
     return np.array([1, len(shapes), sum(features[-1] for _, features in shapes.values())])
 
 
 def _fitted(rows: list[tuple[np.ndarray, float]]) -> np.ndarray:
-    """Return the costs, none negative, with the least squared relative errors: the best of all subsets of features."""
+    """Return the costs, none negative, with the least squared relative errors: the best of all subsets of features.
+
+    Relative squares favour too low a line, so it is lifted to where half of the measured times lie above it.
+    """
     features = np.array([row for row, _ in rows])
-    weights = 1 / np.maximum([ms for _, ms in rows], SHORTEST_MS)
-    scaled, target = features * weights[:, None], np.array([ms for _, ms in rows]) * weights
-    best, least = np.zeros(features.shape[1]), float(target @ target)
+    taken = np.maximum([ms for _, ms in rows], SHORTEST_MS)
+    scaled, best, least = features / taken[:, None], np.zeros(features.shape[1]), float(len(rows))
     for count in range(1, min(features.shape) + 1):
-        for chosen in itertools.combinations(range(features.shape[1]), count):
-            costs = np.linalg.lstsq(scaled[:, chosen], target, rcond=None)[0]
-            error = float(((scaled[:, chosen] @ costs - target) ** 2).sum())
+        for chosen in map(list, itertools.combinations(range(features.shape[1]), count)):
+            costs = np.linalg.lstsq(scaled[:, chosen], np.ones(len(rows)), rcond=None)[0]
+            error = float(((scaled[:, chosen] @ costs - 1) ** 2).sum())
             if (costs >= 0).all() and error < least:
                 best, least = np.zeros(features.shape[1]), error
-                best[list(chosen)] = costs
-    return best
+                best[chosen] = costs
+    return best / max(float(np.median(scaled @ best)), 1e-9)

@@ -17,7 +17,7 @@ from workbench.profiler.costs import LayerCost, layer_costs
 from workbench.profiler.layers import LayerTime, LayerTimes, layer_times
 from workbench.profiler.limits import Limits, limits
 from workbench.profiler.timing import Latency, Ratio, compare, latencies
-from workbench.profiler.units import duration, listed, size, times
+from workbench.profiler.units import counted, duration, listed, size, times
 from workbench.runtimes import Kernel, bake
 from workbench.runtimes import runtime as named_runtime
 from workbench.surgery import clone, weighted_layers
@@ -72,15 +72,15 @@ class Verdict:
 class Taken:
     """What is already known of a model once its latency was taken; `whole_verdict` measures nothing more.
 
-    `zeros` is the part of its weights that are 0, `bits` the fewest bits that a weight is rounded to (32 where none
-    is), `integer_inputs` whether layers round their inputs too.
+    `zeros` is the part of its weights that are 0, `bits` says how many bits each rounded layer's weights have, and
+    `integer_inputs` whether layers round their inputs too.
     """
 
     latency: Latency
     costs: tuple[LayerCost, ...]
     kernels: tuple[Kernel, ...]
     zeros: float
-    bits: int
+    bits: dict[str, int]
     integer_inputs: bool
 
     @classmethod
@@ -88,10 +88,11 @@ class Taken:
         cls, model: nn.Module, latency: Latency, costs: Sequence[LayerCost], kernels: Sequence[Kernel] = ()
     ) -> Taken:
         """Return what is known of `model`; reads its structure, and its zeros from `costs`."""
-        layers = [layer for _, layer in weighted_layers(model)]
         zeros = 1 - sum(cost.nonzero for cost in costs) / max(1, sum(cost.parameters for cost in costs))
-        rounds = any(hasattr(layer, "input_quantizer") for layer in layers)
-        return cls(latency, tuple(costs), tuple(kernels), zeros, min(map(rounded_bits, layers), default=32), rounds)
+        layers = weighted_layers(model) if isinstance(model, nn.Module) else []
+        bits = {name: rounded_bits(layer) for name, layer in layers if rounded_bits(layer) < 32}
+        rounds = any(hasattr(layer, "input_quantizer") for _, layer in layers)
+        return cls(latency, tuple(costs), tuple(kernels), zeros, bits, rounds)
 
     @property
     def macs(self) -> int:
@@ -131,14 +132,15 @@ def _faster(ratio: Ratio, now: Taken, baseline: Taken) -> Verdict:
 
 def _missing_kernels(now: Taken, baseline: Taken) -> Iterator[tuple[str, str, str]]:
     """Yield (kind, evidence, advice) of what was compressed but is not computed in that form."""
-    if now.bits < min(32, baseline.bits):
-        slow = [kernel.layer for kernel in now.kernels if kernel.precision != "int8"]
+    runtime, fewest = now.latency.runtime, min(now.bits.values(), default=32)
+    if fewest < min(baseline.bits.values(), default=32):
+        slow = [kernel.layer for kernel in now.kernels if kernel.layer in now.bits and kernel.precision != "int8"]
         if slow or not now.kernels:
-            yield _not_integer(now.bits, now.integer_inputs, now.latency.runtime, f"{len(slow)} layers")
-        elif now.bits < 8:
-            yield _too_few_bits(now.bits, now.latency.runtime)
+            yield _not_integer(fewest, now.integer_inputs, runtime, counted(len(slow), "layer"))
+        elif fewest < 8:
+            yield _too_few_bits(fewest, runtime)
     if now.zeros - baseline.zeros > MANY_ZEROS and now.macs * FEWER >= baseline.macs:
-        yield _unused_zeros(now.zeros, now.latency.runtime)
+        yield _unused_zeros(now.zeros, runtime)
 
 
 def _not_integer(bits: int, integer_inputs: bool, runtime: str, where: str) -> tuple[str, str, str]:
@@ -150,7 +152,9 @@ def _not_integer(bits: int, integer_inputs: bool, runtime: str, where: str) -> t
         evidence = f"{runtime} has no kernel for {bits}-bit weights here and multiplies {where} in fp32"
         return "no kernel", evidence, "Take 8 bits and round the inputs too: that runs in int8."
     evidence = f"The weights are rounded to 8 bits, but {runtime} multiplies {where} in fp32"
-    advice = "Look at the other layers' inputs." if integer_inputs else "Round the inputs too, else int8 cannot run."
+    advice = (
+        "Round the inputs of those layers too." if integer_inputs else "Round the inputs too, else int8 cannot run."
+    )
     return "fell back to fp32", evidence, advice
 
 
@@ -174,13 +178,9 @@ def _smaller_but_not_faster(ratio: Ratio, now: Taken, baseline: Taken, known: Li
         names = listed(odd[:3]) + (" and others" if len(odd) > 3 else "")
         kind, why = "unaligned width", f"{names} {'has' if len(odd) == 1 else 'have'} no multiple of {LANES} channels"
         return Verdict(None, kind, f"{start}; {why}.", "Round its widths to such multiples.")
-    why = (
-        f"it has {more} more layer{'s' if more > 1 else ''} to start"
-        if more > 0
-        else "each layer costs about as much to start as before"
-    )
+    why = f"it has {counted(more, 'layer')} more to start" if more > 0 else "its layers cost as much to start as before"
     if known:
-        why += f", and starting {len(now.costs)} layers takes {duration(_launches_ms(now, known))} here"
+        why += f", and starting {counted(len(now.costs), 'layer')} takes {duration(_launches_ms(now, known))} here"
     return Verdict(None, "launch-bound", f"{start}; {why}.", ADVICE["launch-bound"])
 
 
@@ -359,7 +359,7 @@ def _of_the_whole(found: LayerTimes, each: list[Verdict], known: Limits) -> Verd
     evidence = f"{100 * min(1.0, ms / found.total_ms):.0f} % of {total} go by {where}"
     if kind == "launch-bound":
         part = duration(min(starts, found.total_ms))
-        evidence = f"starting its {len(found.layers)} layers alone takes {part} of {total}"
+        evidence = f"starting its {counted(len(found.layers), 'layer')} alone takes {part} of {total}"
     advice = ADVICE.get(kind) or next(verdict.advice for _, verdict in ranked if verdict.kind == kind)
     return Verdict(None, kind, f"On {found.runtime} the model is mostly {_adjective(kind)}: {evidence}.", advice)
 

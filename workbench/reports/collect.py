@@ -22,15 +22,17 @@ from workbench.profiler import (
     sweep_batches,
 )
 from workbench.profiler.layers import LayerTimes, layer_times
+from workbench.profiler.maps import WinLoseMap, integer_map, low_rank_map, sparse_map, width_map
 from workbench.profiler.roofline import Roofline, roofline
 from workbench.profiler.scenarios import repeated
 from workbench.profiler.verdicts import Verdict, verdicts
 from workbench.reports.words import text
 from workbench.runtimes import ModelFile, RuntimeFailed, runtime
+from workbench.runtimes.base import cause
 from workbench.subjects import Subject
 
 Progress = Callable[[str, float], Any]
-SECTIONS = ("layers", "roofline", "verdicts", "scenarios", "sweep", "software", "memory")
+SECTIONS = ("layers", "roofline", "verdicts", "scenarios", "sweep", "software", "memory", "maps")
 NEEDS = {"roofline": ("layers",)}  # the layers are its points
 SHOW_LAYERS = ("openvino", "eager", "cuda")  # runtimes that do, the first is asked first
 PROFILE_PART = 0.3  # of the progress bar, where further sections follow
@@ -57,6 +59,7 @@ class Report:
     software: tuple[SoftwareRow, ...] = ()
     memory: dict[str, Memory] = field(default_factory=dict)
     energy: Energy | str = ""
+    maps: tuple[WinLoseMap, ...] = ()
     missing: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
@@ -76,6 +79,7 @@ class Report:
             "software": [_plain(row) for row in self.software],
             "memory": {name: _plain(one) for name, one in self.memory.items()},
             "energy": _plain(self.energy),
+            "maps": [_plain(one) for one in self.maps],
             "missing": dict(self.missing),
         }
 
@@ -114,8 +118,9 @@ def investigate(
             for message, changes in MEASURE[section](case, report):
                 report = replace(report, **changes)
                 watch(message, start + size / 2)
-        except (RuntimeFailed, ValueError, NotImplementedError) as error:
-            report = replace(report, missing={**report.missing, section: str(error)})
+        except Exception as error:  # whatever a strange model breaks there, the other sections stand
+            why = str(error) if isinstance(error, RuntimeFailed | ValueError) else cause(error)
+            report = replace(report, missing={**report.missing, section: why})
     watch("done", 1.0)
     return report
 
@@ -217,6 +222,14 @@ def _memory(case: _Case, report: Report) -> Changes:
     yield "energy", {"energy": energy(prepared, case.seconds)}
 
 
+def _maps(case: _Case, report: Report) -> Changes:
+    done: tuple[WinLoseMap, ...] = ()
+    for draw in (sparse_map, low_rank_map, integer_map, width_map):
+        for found in draw(threads=case.threads):
+            yield f"map, {found.title}", {"maps": (*done, found)}
+        done = (*done, found)
+
+
 MEASURE: dict[str, Callable[[_Case, Report], Changes]] = {
     "layers": _layers,
     "roofline": _roofline,
@@ -225,4 +238,5 @@ MEASURE: dict[str, Callable[[_Case, Report], Changes]] = {
     "sweep": _sweep,
     "software": _software,
     "memory": _memory,
+    "maps": _maps,
 }

@@ -20,16 +20,6 @@ if TYPE_CHECKING:
     from workbench.profiler import Run
     from workbench.reports.collect import Report
 
-ENVIRONMENT = {  # titles of what the environment card tells; other keys are shown under their own names
-    "processor": "Processor",
-    "features": "Instruction sets",
-    "cores": "Cores this process may use",
-    "virtual_machine": "Virtual machine",
-    "gpu": "GPU",
-    "platform": "System",
-    "versions": "Libraries",
-}
-
 
 def html_page(report: Report) -> str:
     """Return the page; nothing in it is loaded from anywhere."""
@@ -59,6 +49,7 @@ def html_page(report: Report) -> str:
 """
 
 
+TITLE = 28  # pixels that a figure's title takes
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 
 
@@ -82,7 +73,7 @@ def _sections(report: Report) -> Iterator[str]:
             parts.append(f"<p>Not measured: {html.escape(report.missing[name])}</p>")
         if parts:
             yield _section(f"{title} ({report.runtime})" if name in words.ON_RUNTIME else title, *parts)
-    yield _section("Where this was measured", _environment(report.profile.environment.to_dict()))
+    yield _section("Where this was measured", _environment(report.profile.environment.card()))
 
 
 def _section(title: str, *parts: str) -> str:
@@ -99,7 +90,8 @@ def _list(sentences) -> str:
 def _figure(figure, titled: bool = True) -> str:
     """Return a figure with its sentence below it, for those who cannot see it; without its title where a heading is."""
     if not titled:
-        figure.update_layout(title_text="")
+        top, height = figure.layout.margin.t, figure.layout.height
+        figure.update_layout(title_text="", margin_t=top - TITLE, height=height - TITLE)
     drawn = figure.to_html(full_html=False, include_plotlyjs=False, config=plots.CONFIG)
     words_of = html.escape(plots.summary(figure))
     return f'<figure aria-label="{words_of}">{drawn}<figcaption>{words_of}</figcaption></figure>'
@@ -168,20 +160,9 @@ def _runtimes(report: Report) -> Iterator[str]:
     yield _table(words.runtime_table(report))
 
 
-def _environment(facts: dict[str, Any]) -> str:
-    items = "".join(
-        f"<dt>{html.escape(ENVIRONMENT.get(key, key.replace('_', ' ').capitalize()))}</dt><dd>{_fact(value)}</dd>"
-        for key, value in facts.items()
-    )
+def _environment(card: dict[str, str]) -> str:
+    items = "".join(f"<dt>{html.escape(title)}</dt><dd>{html.escape(told)}</dd>" for title, told in card.items())
     return f'<dl class="card">{items}</dl>'
-
-
-def _fact(value: Any) -> str:
-    if isinstance(value, dict):
-        return html.escape(", ".join(f"{name} {one}" for name, one in value.items())) or "none"
-    if isinstance(value, list | tuple):
-        return html.escape(", ".join(map(str, value))) or "none known"
-    return {True: "yes", False: "no", None: "not told", "": "none"}.get(value, html.escape(str(value)))
 
 
 # --- one function a section: figures first, then the table -----------------------------------------------------------
@@ -233,6 +214,12 @@ def _memory(report: Report) -> Iterator[str]:
         yield f"<p>Energy: {html.escape(str(report.energy))}.</p>"
 
 
+def _maps(report: Report) -> Iterator[str]:
+    for one in report.maps:
+        yield _figure(plots.win_lose_plot(one))
+        yield _table(words.map_table(one), f"Table of times faster: {one.title}")
+
+
 PARTS = {
     "layers": _layers,
     "roofline": _roofline,
@@ -241,4 +228,5 @@ PARTS = {
     "sweep": _sweep,
     "software": _software,
     "memory": _memory,
+    "maps": _maps,
 }

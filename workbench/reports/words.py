@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from workbench.profiler.sweeps import knee
 from workbench.profiler.units import size
 
 if TYPE_CHECKING:
+    from workbench.profiler.maps import WinLoseMap
     from workbench.reports.collect import Report
 
 LAYERS_SHOWN = 20
@@ -20,6 +22,7 @@ TITLES = {
     "sweep": "Batch and threads",
     "software": "Software first",
     "memory": "Memory and energy",
+    "maps": "Where compression pays on this machine",
 }
 Table = tuple[tuple[str, ...], list[tuple]]  # the heads of the columns, and rows of numbers and words
 
@@ -67,12 +70,13 @@ def number(value: float) -> str:
 
 def runtime_table(report: Report) -> Table:
     """Return one row a runtime: its single calls, those of the baseline, and throughput at the large batch."""
-    heads = ("runtime", "computes in", "median, ms", "p25, ms", "p75, ms", "p90, ms", "baseline, ms", "against it")
+    heads = ("runtime", "computes in", "median, ms", "p25–p75, ms", "p90, ms", "baseline, ms", "against it")
     heads += ("against the best fp32", "images a second", "batch")
     rows = []
     for run in report.profile.runs:
         own, many, best = run.latency, run.throughput, report.profile.ratio_to_best(run)
-        times = (own.median_ms, own.p25_ms, own.p75_ms, own.p90_ms, run.baseline.median_ms if run.baseline else None)
+        middle = f"{number(own.p25_ms)}–{number(own.p75_ms)}"
+        times = (own.median_ms, middle, own.p90_ms, run.baseline.median_ms if run.baseline else None)
         against = tuple("" if ratio is None else str(ratio) for ratio in (run.ratio, best))
         noisy = " (noisy)" if own.noisy else ""
         rows.append((run.runtime, own.precision + noisy, *times, *against, many.images_per_second, many.batch))
@@ -139,6 +143,13 @@ def memory_table(report: Report) -> Table:
     return ("model", "memory", "bytes"), rows
 
 
+def map_table(found: WinLoseMap) -> Table:
+    """Return one row for each value of the map's y, with times faster in each column; nothing where not measured."""
+    heads = (f"{found.y_name} \\ {found.x_name}", *map(str, found.x))
+    cells = [[None if math.isnan(ratio) else float(ratio) for ratio in row] for row in found.ratio]
+    return heads, [(str(y), *row) for y, row in zip(found.y, cells, strict=True)]
+
+
 def roof_table(report: Report) -> Table:
     """Return one row for each roof, as it was measured."""
     roofs = report.roofline
@@ -201,6 +212,12 @@ def _memory(report: Report) -> Iterator[str]:
         yield f"  energy: {report.energy}"
 
 
+def _maps(report: Report) -> Iterator[str]:
+    for one in report.maps:
+        yield f"  {one.title}, times faster. {one.what}"
+        yield from aligned(map_table(one))
+
+
 BLOCKS = {
     "layers": _layers,
     "roofline": _roofline,
@@ -209,6 +226,7 @@ BLOCKS = {
     "sweep": _sweep,
     "software": _software,
     "memory": _memory,
+    "maps": _maps,
 }
 
 

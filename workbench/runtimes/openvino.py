@@ -137,7 +137,7 @@ def converted(model: nn.Module | ModelFile, example: Tensor, any_batch: bool = F
 
 
 def _named_once(graph):
-    """Return the graph after the fusions that the compiler makes first: else each compilation names what it fused anew."""
+    """Return the graph after the compiler's first fusions; else each compilation gives what it fused other names."""
     from openvino._offline_transformations import apply_moc_transformations
 
     apply_moc_transformations(graph, cf=False)

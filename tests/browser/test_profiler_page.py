@@ -1,0 +1,53 @@
+"""The profiler's panel in a real browser: roofs and layers are drawn, the table sorts, and nothing is cut off."""
+
+import pages
+import pytest
+from conftest import serving
+
+ADDRESS = r"(http://127\.0\.0\.1:\d+/\S*)"
+
+
+@pytest.fixture(scope="module")
+def voila(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("profilers")
+    pages.write_notebook(folder / "profiler.ipynb", images=300, sources=pages.PROFILER)
+    command = ("-m", "workbench", "dashboard", "--no-browser", "--notebooks", str(folder))
+    with serving(*command, says=ADDRESS) as address:
+        yield address
+
+
+def column(page, name):
+    """Return a column of the table of layers, as numbers."""
+    heads = page.locator("table[data-sorts] thead th").all_inner_texts()
+    cells = page.locator(f"table[data-sorts] tbody tr > :nth-child({heads.index(name) + 1})").all_inner_texts()
+    return [float(cell.replace(",", "")) for cell in cells]
+
+
+def test_layers_move_under_the_roofs_and_the_table_sorts(voila, page, screenshots):
+    page.set_default_timeout(120_000)
+    page.goto(f"{voila}voila/render/profiler.ipynb")
+    page.wait_for_selector(".wb-tile")
+    pages.wait_for_state(page, "done", timeout=120_000)
+    assert pages.marks(page) > 20
+    assert any("fp32" in text for text in page.locator(".js-plotly-plot .annotation text").all_inner_texts())
+    page.locator(".wb-table summary", has_text="Layers").click()
+    page.get_by_role("button", name="ms", exact=True).click()
+    ms = column(page, "ms")
+    assert len(ms) > 4 and ms == sorted(ms, reverse=True)
+    page.locator(".wb-dial input[type=range]").first.focus()
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("document.querySelector('.wb-words').innerText.includes('rank 0.45')")
+    pages.wait_for_state(page, "done", timeout=120_000)
+    ms = column(page, "ms")
+    assert ms == sorted(ms, reverse=True)  # the order that was asked for outlives a new table
+    assert page.locator(".wb-verdicts li").count() > 1 and page.locator(".wb-words .wb-kind").count() == 1
+    for width in (1280, 800):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(600)
+        page.screenshot(path=screenshots / f"profiler-{width}.png", full_page=True)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"it scrolls sideways at {width}"
+        cut = page.evaluate(
+            "[...document.querySelectorAll('.wb-tile')].filter(e => e.scrollWidth > e.clientWidth).length"
+        )
+        assert cut == 0, "text in a tile is cut off"
+    assert page.visit.strangers == [] and page.visit.errors == []
