@@ -36,11 +36,6 @@ RESULTS = (
     wb.LowRank(rank=0.1, finetune=1),
     wb.EntropyAwareTraining(),
     wb.SelfDistillation(),
-    wb.AdaRound(weight_bits=2),
-    wb.QuantizationAwareTraining(weight_bits=2),
-    wb.DistillationFeatures(width=0.125),
-    wb.DistillationRelational(width=0.125),
-    wb.GradualPruning(sparsity=0.9),
 )
 
 
