@@ -242,3 +242,16 @@ def test_cuda_names_its_precision_and_times_with_events(name, precision):
     assert prepared.precision == precision
     assert all(p.dtype == prepared.example.dtype and p.is_cuda for p in prepared.model.parameters())
     assert 0 < prepared.timed() < 1000
+
+
+def test_branches_of_a_residual_block_keep_their_names():
+    """Both end in as many values, and the compiled model may run the short one first."""
+    from torchvision.models.resnet import BasicBlock
+
+    from workbench.profiler.layers import layer_times
+
+    short = nn.Sequential(nn.Conv2d(16, 32, 1, stride=2, bias=False), nn.BatchNorm2d(32))
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), BasicBlock(16, 32, 2, short)).eval()
+    found = {one.name: one.weight_bytes for one in layer_times(model, torch.randn(1, 3, 16, 16), "openvino").layers}
+    for name, count in {"1.conv1": 4608, "1.conv2": 9216, "1.downsample.0": 512}.items():
+        assert 4 * count <= found[name] < 4 * count + 4 * 2 * 32  # the folded BatchNorm adds biases

@@ -173,16 +173,16 @@ def compiled(converted, threads: int, floats: str = "f32", counters: bool = Fals
     return _core().compile_model(converted, "CPU", settings)
 
 
-def _calls(model: nn.Module | ModelFile, example: Tensor) -> list[tuple[str, int]]:
-    """Return (layer, number of output values) of each call of a linear or convolution layer on one image, in order.
+def _calls(model: nn.Module | ModelFile, example: Tensor) -> list[tuple[str, int, int]]:
+    """Return (layer, number of output values, of weights) of each call of a multiplying layer on one image, in order.
 
     A file's layers are those that it names.
     """
     if isinstance(model, ModelFile):
-        return [(layer.name, math.prod(layer.output_shape)) for layer in model.layers(example)]
+        return [(one.name, math.prod(one.output_shape), one.parameters) for one in model.layers(example)]
     calls, hooks = [], []
     for name, layer in weighted_layers(model):
-        hook = lambda _layer, _args, output, name=name: calls.append((name, output.numel()))
+        hook = lambda held, _args, output, name=name: calls.append((name, output.numel(), held.weight.numel()))
         hooks.append(layer.register_forward_hook(hook))
     try:
         model(example[:1])
@@ -192,15 +192,19 @@ def _calls(model: nn.Module | ModelFile, example: Tensor) -> list[tuple[str, int
     return calls
 
 
-def _multiplying(compiled, calls: list[tuple[str, int]], batch: int) -> Iterator[tuple]:
-    """Yield (operation, Kernel) of each multiplying layer, named after the next torch layer with as many outputs."""
+def _multiplying(compiled, calls: list[tuple[str, int, int]], batch: int) -> Iterator[tuple]:
+    """Yield (operation, Kernel) of each multiplying layer, named after the next torch layer with as many outputs.
+
+    Of several, one with as many weights comes first: the branches of a residual block may run in either order.
+    """
     waiting = list(calls)
     for node in compiled.get_runtime_model().get_ordered_ops():
         kind = _info(node, "layerType")
         if kind not in ("Convolution", "FullyConnected", "MatMul"):
             continue
         size = math.prod(node.get_output_shape(0)) // batch
-        match = next((call for call in waiting if kind != "MatMul" and call[1] == size), None)
+        alike = [call for call in waiting if kind != "MatMul" and call[1] == size]
+        match = next((call for call in alike if call[2] == _weights(node)), alike[0] if alike else None)
         if match:
             waiting.remove(match)
         name = match[0] if match else node.get_friendly_name()
@@ -232,6 +236,13 @@ def _moved(node) -> tuple[int, int]:
         else:
             activations += _bytes(source)
     return weights, activations
+
+
+def _weights(node) -> int:
+    """Return the number of values in an operation's largest constant, or 0 without one."""
+    sources = [port.get_source_output() for port in node.inputs()]
+    held = [source for source in sources if _info(source.get_node(), "layerType") == "Const"]
+    return max((math.prod(source.get_shape()) for source in held), default=0)
 
 
 def _bytes(port) -> int:
