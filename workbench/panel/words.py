@@ -276,8 +276,8 @@ def _foreseen(guess: Prediction | None) -> tuple[str, str]:
     """Say what was predicted and how far off that was, here and as a rule."""
     if guess is None or guess.error is None:
         return "none", "&nbsp;"
-    usual = f", {100 * guess.median_error:.0f} % as a rule" if guess.median_error is not None else ""
-    return "none", f"predicted {milliseconds(guess.ms)} ms: {100 * guess.error:.0f} % off{usual}"
+    usual = f", mostly {100 * guess.median_error:.0f} %" if guess.median_error is not None else ""
+    return "none", f"<small>predicted {milliseconds(guess.ms)}: {100 * guess.error:.0f} % off{usual}</small>"
 
 
 # --- in words ------------------------------------------------------------------------------------------------------
