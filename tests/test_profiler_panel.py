@@ -310,7 +310,8 @@ def test_map_is_measured_when_asked_for(mapped):
 
 def test_stopped_map_keeps_its_cells(mapped):
     gate = threading.Event()
-    shown = mapped(maps={"zeros": lambda: growing(gate=gate)}, first="zeros")
+    shown = mapped(maps={"zeros": lambda: growing(gate=gate)})
+    shown.measure()
     wait_for(lambda: shown.shown is not None and np.isfinite(shown.shown.ratio).sum() == 2)
     shown.stop()
     gate.set()
@@ -319,6 +320,7 @@ def test_stopped_map_keeps_its_cells(mapped):
 
 
 def test_map_that_fails_says_why(mapped):
-    shown = mapped(maps={"zeros": lambda: growing(fails=True)}, first="zeros")
+    shown = mapped(maps={"zeros": lambda: growing(fails=True)})
+    shown.measure()
     assert shown.wait_idle(10) and shown.state == "failed"
     assert "no sparse matrix" in shown.status.html and not shown.measure_button.disabled

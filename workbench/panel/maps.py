@@ -27,14 +27,14 @@ MAPS: dict[str, Callable[[], Iterator[WinLoseMap]]] = {
 class MapPanel(ipywidgets.VBox):
     """A choice of maps, each measured when asked for and drawn as it grows; what was measured stays.
 
-    `maps`: by its name, a function that returns a generator of growing maps. `first` is measured at once.
+    `maps`: by its name, a function that returns a generator of growing maps.
     """
 
-    def __init__(self, maps: Mapping[str, Callable[[], Iterator[WinLoseMap]]] = MAPS, first: str = ""):
+    def __init__(self, maps: Mapping[str, Callable[[], Iterator[WinLoseMap]]] = MAPS):
         super().__init__()
         self.maps, self.found, self.state = dict(maps), {}, "resting"
         names = [(name, name) for name in self.maps]
-        self.choice = controls.choice("map", names, first or names[0][1], "What is compressed, and over what")
+        self.choice = controls.choice("map", names, names[0][1], "What is compressed, and over what")
         self.measure_button = controls.button("Measure", "Measure this map here, now", self.measure, accent=True)
         self.stop_button = controls.button("Stop", "Stop; what is measured stays", self.stop, disabled=True)
         self.status = controls.View(kind="wb-status", role="status")
@@ -49,8 +49,6 @@ class MapPanel(ipywidgets.VBox):
         self.add_class("wb-panel")
         self._drawn = 0.0
         self._choose()
-        if first:
-            self.measure()
 
     @property
     def shown(self) -> WinLoseMap | None:

@@ -330,8 +330,8 @@ def _why(now: Point, baseline: Point, place: str) -> list[str]:
     timing, found = now.timings.get(place), verdict_of(now, baseline, place)
     if found:
         said.append(judged(found))
-    if found and timing.now.noisy and "drifted" not in found.evidence:
-        said.append("The times drifted while they were measured, so take them with care.")
+    if found and timing.now.noisy and "not quiet" not in found.evidence:
+        said.append("The machine was not quiet meanwhile, so take these times with care.")
     if found and found.kind != "no kernel" and "simulated" in timing.note:
         said.append(escape(timing.note[0].upper() + timing.note[1:]) + ".")
     grown = [n for n, b in now.layer_bytes.items() if n != OTHER and b > 1.02 * baseline.layer_bytes[n]]

@@ -157,7 +157,7 @@ def layer_waterfall(before: LayerTimes, after: LayerTimes, title: str = "") -> g
     top = _highest([before.total_ms, *(change for _, change in steps)])
     figure.update_xaxes(title="milliseconds, end to end", range=[0, 1.2 * top])
     best = min(changes, key=lambda change: change[1], default=("no layer", 0.0))
-    noisy = " The times drifted while they were taken." if before.noisy or after.noisy else ""
+    noisy = " The machine was not quiet while they were taken." if before.noisy or after.noisy else ""
     words = (
         f"From {before.total_ms:.3g} ms to {after.total_ms:.3g} ms; the largest saving is in {best[0]}, "
         f"{_change_text(best[1])}.{noisy}"

@@ -26,6 +26,7 @@ WINDOW_BYTES = 2**25  # read by each timed call: of a cache the same few kilobyt
 MEMORY_BYTES = 2**27  # at least: a buffer that no cache holds
 MOST_BYTES = 2**29
 TRIES_S = 0.08
+KEPT_S = 24 * 3600  # then they are measured again, for the machine may have been busy
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def cache_sizes(folder: str = "/sys/devices/system/cpu/cpu0/cache") -> dict[str,
 
 
 def roofline(threads: int = 1) -> Roofline:
-    """Return the roofs of this machine: measured once, then remembered in the user's cache folder."""
+    """Return the roofs of this machine: measured, then remembered for a day in the user's cache folder."""
     *_, found = growing_roofline(threads)
     return found
 
@@ -170,8 +171,9 @@ def growing_roofline(threads: int = 1) -> Iterator[Roofline]:
     """Yield the remembered roofs of this machine at once, or what is known of them after each measurement."""
     path = _remembered_at(threads)
     try:
-        yield Roofline(**json.loads(path.read_text(encoding="utf-8")))
-        return
+        if time.time() - path.stat().st_mtime < KEPT_S:
+            yield Roofline(**json.loads(path.read_text(encoding="utf-8")))
+            return
     except (OSError, ValueError, TypeError):  # not measured yet, or by an older version
         pass
     for found in measure_roofline(threads):

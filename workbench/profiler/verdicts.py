@@ -194,7 +194,7 @@ def _fixed_part(now: Taken, known: Limits | None) -> float:
 
 def _took(ratio: Ratio, now: Taken) -> str:
     found = str(ratio) if ratio.distinguishable else "not distinguishable from the baseline"
-    noisy = ", and the times drifted" if now.latency.noisy else ""
+    noisy = ", and the machine was not quiet" if now.latency.noisy else ""
     return f"at {duration(now.latency.median_ms)} it is {found}{noisy}"
 
 

@@ -169,7 +169,7 @@ def _layers(report: Report) -> Iterator[str]:
     if len(rows) - 1 > LAYERS_SHOWN:
         yield f"  the slowest {LAYERS_SHOWN} of {len(rows) - 1} layers; --json and --html have all of them"
     if report.layers.noisy:
-        yield "  noisy: the times drifted while they were taken"
+        yield "  noisy: the machine was not quiet while they were taken"
 
 
 def _size(count: int | None) -> str:
