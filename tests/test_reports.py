@@ -117,3 +117,14 @@ def test_a_section_that_breaks_leaves_the_others(monkeypatch):
     monkeypatch.setitem(collect.MEASURE, "memory", breaks)
     found = investigate(subject(), None, ("layers", "memory"), runtimes=["eager"], calls=6)
     assert found.layers is not None and found.missing == {"memory": "KeyError, 'kernel'"}
+
+
+def test_a_stop_keeps_what_was_measured(monkeypatch):
+    def stops(case, report):
+        yield "half", {"energy": "half"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(collect.MEASURE, "software", stops)
+    found = investigate(subject(), None, ("layers", "software", "memory"), runtimes=["eager"], calls=6)
+    assert found.layers is not None and found.energy == "half" and not found.memory
+    assert set(found.missing) == {"software", "memory"} and "stopped" in str(found)

@@ -102,7 +102,8 @@ def investigate(
     """Profile the subject beside its baseline, and measure the sections named; `how` goes to `profile`.
 
     `seconds`: how long each scenario runs. A section that cannot be measured is missing from the report, with its
-    reason. Raises what `profile` raises, and ValueError for a section that there is not.
+    reason; so is one that Ctrl-C stopped, and those after it. Raises what `profile` raises, and ValueError for a
+    section that there is not.
     """
     wanted = _wanted(sections)
     watch = watch or (lambda message, fraction: None)
@@ -121,6 +122,10 @@ def investigate(
         except Exception as error:  # whatever a strange model breaks there, the other sections stand
             why = str(error) if isinstance(error, RuntimeFailed | ValueError) else cause(error)
             report = replace(report, missing={**report.missing, section: why})
+        except KeyboardInterrupt:  # what was measured so far is not lost
+            stopped = dict.fromkeys(wanted[i:], "it was stopped before all of it was measured")
+            report = replace(report, missing={**report.missing, **stopped})
+            break
     watch("done", 1.0)
     return report
 
