@@ -42,7 +42,8 @@ WATCH = """() => {
                 note("first");
                 note("exact");
             }
-            if (/\\d/.test(text('[data-tile="latency"] .wb-number-shown'))) note("latency");
+            const guessed = document.querySelector('[data-tile="latency"] .wb-predicted');
+            if (!guessed && /\\d/.test(text('[data-tile="latency"] .wb-number-shown'))) note("latency");
             if (state === "done") note("done");
         }
         if (!("done" in window.seen)) setTimeout(look, 4);

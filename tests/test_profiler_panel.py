@@ -250,7 +250,7 @@ def test_predictions_learn_from_few_models_and_each_once(model, data):
     points = [measure.weigh(str(i), None, model, example, measure.layer_names(model)) for i in range(7)]
     known = measure.Foresight(measure.LatencyModel("eager", 1, 1))
     for _ in range(2):
-        assert all(step is None for step in measure.learn(points, known, example))
+        assert all(step == measure.LEARN_REST for step in measure.learn(points, known, example))
     assert known.full and len(known.learnt) == measure.MOST_LEARNT
     assert [one.title for one in known.learnt] == ["0", "1", "2", "3", "4"]
 
@@ -262,7 +262,7 @@ def test_a_runtime_without_layers_predicts_nothing(model, data, monkeypatch):
     monkeypatch.setattr(measure, "layer_times", refuse)
     known = measure.Foresight(measure.LatencyModel("eager", 1, 1))
     point = measure.weigh("one", None, model, data.example(), measure.layer_names(model))
-    assert list(measure.learn([point], known, data.example())) == [None]
+    assert list(measure.learn([point], known, data.example())) == [measure.LEARN_REST]
     measure.predict(point, known, "eager", data.example())
     assert point.predicted == {}
 

@@ -21,6 +21,7 @@ from workbench.training import Accuracy, predictions
 
 CALLS, BUDGET_S = 100, 1.0
 MOST_LEARNT, LEARN_CALLS = 5, 30  # points whose layers are looked into, so that others can be predicted
+LEARN_REST = 0.4  # seconds without a new setting before that: half a second that cannot be broken off
 IMAGES = 128  # in a batch: few, so that the first accuracy comes soon; larger ones are no faster
 OTHER = "other"  # norms, biases outside of layers, the file's header
 
@@ -250,12 +251,15 @@ def track(point: Point, known: Foresight, place: str) -> None:
         guess.median_error = known.fitted.median_error
 
 
-def learn(points: Iterable[Point], known: Foresight, example: Tensor) -> Iterator[None]:
-    """Look into the layers of points that were measured, while there is something to learn from them."""
+def learn(points: Iterable[Point], known: Foresight, example: Tensor) -> Iterator[float]:
+    """Look into the layers of points that were measured, while there is something to learn from them.
+
+    Yields the seconds to wait for a newer setting first.
+    """
     for point in points:
         if known.full or any(one is point for one in known.learnt):
             continue
-        yield
+        yield LEARN_REST
         try:
             times = layer_times(point.model, example, known.fitted.runtime, known.fitted.threads, LEARN_CALLS)
         except RuntimeFailed:  # a runtime that shows no layers: nothing is predicted there
