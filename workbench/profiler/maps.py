@@ -6,6 +6,7 @@ Each cell times a compressed operation in turns with the plain one that it stand
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -66,7 +67,9 @@ def sparse_map(
     def contest(sparsity: float, batch: int) -> Contest:
         weight, inputs = dense.clone(), torch.ones(size, batch)
         weight.view(-1)[order[: round(sparsity * weight.numel())]] = 0
-        rows = weight.to_sparse_csr()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that torch's sparse rows are in beta
+            rows = weight.to_sparse_csr()
         return Call(lambda: rows @ inputs, batch, threads), Call(lambda: dense @ inputs, batch, threads), 1.0
 
     what = f"A linear layer of {size}×{size} whose smallest weights are zero, as CSR and dense, both in torch."
