@@ -36,6 +36,7 @@ from workbench.profiler import (
     width_map,
 )
 from workbench.profiler.roofline import cache_sizes
+from workbench.profiler.verdicts import layer_verdicts
 from workbench.runtimes import RuntimeFailed, runtime
 from workbench.runtimes.layers import layers_inside, parts_of
 from workbench.surgery import clone, weighted_layers
@@ -429,3 +430,11 @@ def test_errors_are_tracked():
     assert fitted.track(1.1, 1.0) == pytest.approx(0.1)
     fitted.track(0.5, 1.0), fitted.track(1.0, 1.0)
     assert fitted.median_error == pytest.approx(0.1)
+
+
+def test_a_layer_too_quick_for_the_clock_is_said_to_be_so():
+    quick = LayerTime("pool", "Reduce", 0.0, 0.0, 0, 0, 100, "fp32", "")
+    found = LayerTimes((quick,), 1.0, 1.0, "openvino", "fp32", 1, 1, False)
+    known = Limits(roofline(), {"ReLU": 0.001}, "openvino", 1)
+    (said,) = layer_verdicts(nn.Identity(), torch.zeros(1, 3, 4, 4), found, known)
+    assert "less than the runtime's clock tells" in said.evidence and "0 µs;" not in said.evidence

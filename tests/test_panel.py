@@ -405,21 +405,7 @@ def test_address_names_the_technique(opened):
 
 
 def test_settings_that_do_not_go_together_are_told(opened):
-    @dataclass(frozen=True)
-    class Picky(Technique):
-        """Refuses two values at once."""
-
-        one: int = setting(1, low=0, high=4, step=1, neutral=0)
-        two: int = setting(4, low=0, high=4, step=1)
-
-        def __post_init__(self):
-            if self.one > self.two:
-                raise ValueError(f"Picky: one is {self.one}, more than two, which is {self.two}; lower it.")
-
-        def compress(self, model, data=None, watch=None):
-            return clone(model)
-
-    shown = opened(Picky)
+    shown = opened(toy.Picky)
     shown.controls["two"].value = 0
     assert shown.wait_idle()
     assert "one is 1, more than two" in shown.alert.html

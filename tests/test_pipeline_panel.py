@@ -48,21 +48,6 @@ class Trained(Technique):
 
 
 @dataclass(frozen=True)
-class Picky(Technique):
-    """Refuses two values at once."""
-
-    one: int = setting(1, low=0, high=4, step=1, neutral=0)
-    two: int = setting(4, low=0, high=4, step=1)
-
-    def __post_init__(self):
-        if self.one > self.two:
-            raise ValueError(f"Picky: one is {self.one}, more than two, which is {self.two}; lower it.")
-
-    def compress(self, model, data=None, watch=None):
-        return clone(model)
-
-
-@dataclass(frozen=True)
 class Refusing(Technique):
     """Comes first or not at all."""
 
@@ -226,11 +211,11 @@ def test_every_stage_on_offer_survives_the_address(name):
     ],
 )
 def test_an_address_that_does_not_fit_is_told_and_changes_nothing(opened, stages, told):
-    shown = opened(PRUNE, Picky())
+    shown = opened(PRUNE, toy.Picky())
     shown.address.found = {"stages": stages}
     assert shown.wait_idle()
     assert "address of this page does not fit" in shown.alert.html and told in shown.alert.html
-    assert shown.point.technique.stages == (PRUNE, Picky())
+    assert shown.point.technique.stages == (PRUNE, toy.Picky())
     press(shown, 0, "✕")
     assert shown.alert.html == ""
 
@@ -269,13 +254,13 @@ def test_a_stage_that_refuses_is_told_and_the_chips_still_work(opened):
 
 
 def test_settings_that_do_not_go_together_are_told_and_the_chips_still_work(opened):
-    shown = opened(PRUNE, Picky())
+    shown = opened(PRUNE, toy.Picky())
     press(shown, 1, "pick")
     shown.controls["two"].value = 0
     assert shown.wait_idle()
     assert "one is 1, more than two" in shown.alert.html
     press(shown, 0, "pick")
-    assert shown.alert.html == "" and shown.point.technique.stages == (PRUNE, Picky())
+    assert shown.alert.html == "" and shown.point.technique.stages == (PRUNE, toy.Picky())
 
 
 def test_shipped_pipelines_are_drawn_as_their_front(opened, monkeypatch):

@@ -1,9 +1,13 @@
 """A small model on small images that a machine can tell apart, for tests of the panel: made in a second."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
 from workbench.data import Data, Split
+from workbench.surgery import clone
+from workbench.technique import Technique, setting
 
 CLASSES = 8
 torch.set_num_threads(1)  # threads that wait for one another crawl when the machine has other work too
@@ -48,3 +52,19 @@ def model():
         nn.functional.cross_entropy(net(x), labels).backward()
         optimizer.step()
     return net.eval()
+
+
+@dataclass(frozen=True)
+class Picky(Technique):
+    """Refuses two values at once."""
+
+    one: int = setting(1, low=0, high=4, step=1, neutral=0)
+    two: int = setting(4, low=0, high=4, step=1)
+
+    def __post_init__(self):
+        if self.one > self.two:
+            raise ValueError(f"Picky: one is {self.one}, more than two, which is {self.two}; lower it.")
+
+    def compress(self, model, data=None, watch=None):
+        """Return a copy."""
+        return clone(model)

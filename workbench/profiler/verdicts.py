@@ -178,9 +178,10 @@ def _smaller_but_not_faster(ratio: Ratio, now: Taken, baseline: Taken, known: Li
         names = listed(odd[:3]) + (" and others" if len(odd) > 3 else "")
         kind, why = "unaligned width", f"{names} {'has' if len(odd) == 1 else 'have'} no multiple of {LANES} channels"
         return Verdict(None, kind, f"{start}; {why}.", "Round its widths to such multiples.")
-    why = f"it has {counted(more, 'layer')} more to start" if more > 0 else "its layers cost as much to start as before"
+    layers = counted(len(now.costs), "layer")
+    why = f"it has {counted(more, 'layer')} more to start" if more > 0 else f"it still has {layers} to start"
     if known:
-        why += f", and starting {counted(len(now.costs), 'layer')} takes {duration(_launches_ms(now, known))} here"
+        why += f", and starting {layers} takes {duration(_launches_ms(now, known))} here"
     return Verdict(None, "launch-bound", f"{start}; {why}.", ADVICE["launch-bound"])
 
 
@@ -271,7 +272,8 @@ def _limit(layer: LayerTime, found: LayerTimes, known: Limits) -> Verdict:
         "memory-bound": f"moving its {size(layer.weight_bytes + layer.activation_bytes)}",
         "compute-bound": f"doing its {layer.macs:,} multiply-adds at the measured peak",
     }
-    evidence = f"{layer.name} takes {duration(layer.ms)}; {does[kind]} alone takes {duration(bounds[kind])} here."
+    taken = duration(layer.ms) if layer.ms > 0 else "less than the runtime's clock tells"
+    evidence = f"{layer.name} takes {taken}; {does[kind]} alone takes {duration(bounds[kind])} here."
     return Verdict(layer.name, kind, evidence, _advice(kind, layer))
 
 
