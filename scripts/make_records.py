@@ -68,7 +68,7 @@ def combining() -> list[wb.Pipeline]:
 
 SPARSITIES = [0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.74, 0.78, 0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98]
 BITS = range(2, 9)
-STARTS = ("density", "k-means++")
+STARTS = ("linear", "density", "k-means++")
 CUTS = (0.5, 0.8, 0.9)
 PLAIN_RANKS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 
 import numpy as np
@@ -14,7 +15,14 @@ from torch import nn
 
 import workbench as wb
 from workbench.surgery import weighted_layers
-from workbench.techniques.clustering.kmeans import INITIAL, SortedValues, initial_centroids, kmeans, nearest
+from workbench.techniques.clustering.kmeans import (
+    INITIAL,
+    SortedValues,
+    best_clusters,
+    initial_centroids,
+    kmeans,
+    nearest,
+)
 from workbench.weights import describe, weight_parametrizations
 
 
@@ -45,12 +53,24 @@ def test_inertia_is_within_two_percent_of_scikit_learn(count, initial):
     assert data.inertia(kmeans(data, count, initial)) <= 1.02 * theirs.inertia_
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 @pytest.mark.parametrize("name", [name for name, _ in weighted_layers(wb.load_model("glyphs-cnn"))])
-def test_inertia_on_trained_weights_is_within_two_percent_of_scikit_learn(name):
+def test_inertia_on_trained_weights_is_within_two_percent_of_scikit_learn(name, bits):
     cluster = pytest.importorskip("sklearn.cluster")
     data = SortedValues.of(wb.load_model("glyphs-cnn").get_submodule(name).weight)
-    theirs = cluster.KMeans(16, n_init=1, random_state=0).fit(data.values[:, None])
-    assert data.inertia(kmeans(data, 16)) <= 1.02 * theirs.inertia_
+    theirs = cluster.KMeans(2**bits, n_init=1, random_state=0).fit(data.values[:, None])
+    assert data.inertia(kmeans(data, 2**bits)) <= 1.02 * theirs.inertia_
+
+
+@given(st.lists(st.floats(-4, 4, width=16), min_size=2, max_size=9, unique=True), st.data())
+def test_few_values_get_the_best_clusters_of_all(values, draw):
+    data = SortedValues.of(torch.tensor([value for value in values if value]))
+    size = len(data.values)
+    count = draw.draw(st.integers(1, size))
+    cuts = itertools.combinations(range(1, size), count - 1)
+    groups = ([data.values[a:b] for a, b in itertools.pairwise((0, *cut, size))] for cut in cuts)
+    least = min(sum(((group - group.mean()) ** 2).sum() for group in parts) for parts in groups)
+    assert data.inertia(best_clusters(data, count)) == pytest.approx(least, abs=1e-9)
 
 
 @given(st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=60), st.integers(1, 12), st.sampled_from(INITIAL))

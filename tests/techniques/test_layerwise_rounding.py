@@ -12,7 +12,7 @@ import workbench as wb
 from workbench.surgery import clone
 from workbench.techniques.moments import input_rows, moment_root
 from workbench.techniques.quantization.adaround import adaround
-from workbench.techniques.quantization.awq import awq_factors
+from workbench.techniques.quantization.awq import Energy, awq_factors
 from workbench.techniques.quantization.gptq import BLOCK, gptq, inverse_factor
 from workbench.techniques.quantization.layerwise import output_errors
 from workbench.techniques.quantization.post_training import weight_quantizer
@@ -81,11 +81,21 @@ def test_scaling_by_activations_is_never_worse_than_the_nearest(granularity):
     weight, moment = layer_of(n=160)
     grid = {"granularity": granularity, "group_size": 32}
     sizes = moment.diagonal().sqrt().float()
-    factors = awq_factors(weight, sizes, moment, 3, grid)
+    factors = awq_factors(weight, sizes, Energy.of(moment), 3, grid)
     near = lambda w: weight_quantizer(w, 3, calibration="mse", **grid)(w)
     error = lambda values: float(output_errors(values - weight, moment).sum())
     assert error(near(weight * factors) / factors) <= error(near(weight))
     assert granularity == "group" or len(factors.unique()) > 1
+
+
+@pytest.mark.parametrize("exact", [10_000, 100], ids=["exact", "random projections"])
+def test_main_directions_and_the_rest_tell_the_error_of_the_outputs(exact, monkeypatch):
+    monkeypatch.setattr("workbench.techniques.quantization.awq.EXACT", exact)
+    weight, moment = layer_of(n=400)
+    change = 0.1 * weight * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    energy = Energy.of(moment)
+    assert energy.error(change) == pytest.approx(float(output_errors(change, moment).sum()), rel=0.05)
+    assert torch.equal(energy.directions, Energy.of(moment).directions)
 
 
 def network():

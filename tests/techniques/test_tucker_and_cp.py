@@ -11,7 +11,7 @@ from torch import nn
 
 import workbench as wb
 from workbench.techniques.low_rank import cp
-from workbench.techniques.low_rank.cp import composed, cp_terms, largest_rank, least_squares
+from workbench.techniques.low_rank.cp import Terms, composed, cp_for, fit_outputs, largest_rank, singular_terms, swept
 from workbench.techniques.low_rank.tucker import cut_core, tucker2
 
 CONVOLUTIONS = [
@@ -87,15 +87,49 @@ def test_a_kernel_of_low_rank_computes_the_same(technique, layer):
 
 
 @pytest.mark.filterwarnings("ignore:Trying to compute SVD")
-def test_cp_terms_fit_as_well_as_those_of_tensorly():
+@pytest.mark.parametrize("rank", [4, 16])
+def test_cp_terms_after_sweeps_fit_as_well_as_those_of_tensorly(rank):
     weight = kernel(20, 12, 3, 3)
-    terms = cp_terms(weight, 16, 40, seed=0)
-    theirs = parafac(weight.double().numpy(), 16, n_iter_max=40, tol=0, random_state=0)
+    terms = swept(weight, Terms(singular_terms(weight)).cut(rank), 40)
+    theirs = parafac(weight.double().numpy(), rank, n_iter_max=40, tol=0, random_state=0)
     reference = torch.from_numpy(tensorly.cp_to_tensor(theirs)).float()
     assert torch.allclose(
         composed(terms), torch.from_numpy(tensorly.cp_to_tensor((None, [t.numpy() for t in terms]))), atol=1e-5
     )
     assert error(weight, composed(terms)) < 1.02 * error(weight, reference)
+
+
+@pytest.mark.filterwarnings("ignore:Trying to compute SVD")
+@pytest.mark.parametrize("name", ["features.1.0", "features.3.0"])
+@pytest.mark.parametrize("part", [0.1, 0.5])
+def test_terms_without_sweeps_are_nearly_as_good_as_ten_sweeps_of_tensorly_on_trained_weights(name, part):
+    weight = wb.load_model("glyphs-cnn").get_submodule(name).weight.detach()
+    rank = max(1, round(part * largest_rank(weight)))
+    theirs = parafac(weight.numpy(), rank, n_iter_max=10, tol=0, random_state=0)
+    reference = torch.from_numpy(tensorly.cp_to_tensor(theirs)).float()
+    assert error(weight, composed(Terms(singular_terms(weight)).cut(rank))) < 1.1 * error(weight, reference)
+
+
+@pytest.mark.parametrize("shape", [(6, 40, 3, 3), (4, 5, 7), (3, 4, 2, 2, 3)])
+def test_terms_are_orthogonal_in_falling_order_and_all_of_them_make_the_kernel(shape, monkeypatch):
+    monkeypatch.setattr(cp, "largest_rank", lambda weight: weight.numel())
+    weight = kernel(*shape)
+    terms = singular_terms(weight)
+    assert torch.allclose(composed(terms).float(), weight, atol=1e-5)
+    size = (terms[0].norm(dim=0)).numpy()
+    assert (np.diff(size) <= 1e-12).all()
+    flat = cp.products(terms)
+    assert torch.allclose(flat @ flat.T, torch.diag(torch.from_numpy(size**2)), atol=1e-9)
+
+
+@pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
+def test_without_sweeps_a_kernel_of_orthogonal_low_rank_computes_the_same(layer):
+    with torch.no_grad():
+        terms = [torch.linalg.qr(kernel(size, size, seed=i)).Q[:, :2] for i, size in enumerate(layer.weight.shape)]
+        layer.weight.copy_(composed([terms[0] * torch.tensor([2.0, 1.0]), *terms[1:]]))
+    small = wb.CPDecomposition(rank=0.3).compress(nn.Sequential(layer))
+    x = kernel(*IMAGES[type(layer)])
+    assert isinstance(small[0], nn.Sequential) and error(layer(x), small(x)) < 1e-4
 
 
 def test_cp_makes_four_layers_of_fewer_numbers_at_every_rank():
@@ -108,28 +142,21 @@ def test_cp_makes_four_layers_of_fewer_numbers_at_every_rank():
         assert sum(p.weight.numel() for p in parts) < layer.weight.numel()
 
 
-def test_the_same_seed_gives_the_same_terms_and_another_others():
-    weight = kernel(6, 5, 3, 3)
-    one, same, other = (cp_terms(weight, 12, 3, seed) for seed in (0, 0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
-    assert not torch.equal(composed(one), composed(other))
-
-
 @pytest.mark.parametrize("failure", ["nan", "raises", "diverges"])
-def test_a_layer_that_least_squares_fail_on_is_left_as_it_was(failure, monkeypatch):
-    real = parafac
-
+def test_a_layer_that_sweeps_fail_on_keeps_the_terms_it_started_from(failure, monkeypatch):
     def fails(tensor, rank, **options):
-        found = real(tensor, rank, **options)
         if failure == "raises":
             raise torch.linalg.LinAlgError("singular")
+        found = parafac(tensor, rank, **options)
         found.factors[0] = found.factors[0] * (float("nan") if failure == "nan" else 1e6)
         return found
 
-    monkeypatch.setattr("tensorly.decomposition.parafac", fails)
     layer = nn.Conv2d(12, 16, 3)
-    small = wb.CPDecomposition(rank=0.3).compress(nn.Sequential(layer))
-    assert isinstance(small[0], nn.Conv2d) and torch.equal(small[0].weight, layer.weight)
+    plain = wb.CPDecomposition(rank=0.3).compress(nn.Sequential(layer))
+    monkeypatch.setattr("tensorly.decomposition.parafac", fails)
+    small = wb.CPDecomposition(rank=0.3, sweeps=3).compress(nn.Sequential(layer))
+    pairs = zip(small.parameters(), plain.parameters(), strict=True)
+    assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in pairs)
 
 
 def test_an_all_zero_kernel_stays_finite():
@@ -146,12 +173,24 @@ def test_terms_share_their_size_evenly():
     assert torch.allclose(even[0].norm(dim=0), even[2].norm(dim=0), rtol=1e-4)
 
 
-def test_the_last_layer_is_fitted_to_the_outputs_as_torch_would_fit_it():
-    x, weight, basis = kernel(400, 18).double(), kernel(7, 18, seed=1).double(), kernel(5, 18, seed=2).double()
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_the_last_layer_is_fitted_to_the_outputs_as_torch_would_fit_it_at_each_rank(rank):
+    x, weight = kernel(400, 18).double(), kernel(7, 18, seed=1).double()
     x = x * torch.logspace(0, -2, 18).double()
-    fit = least_squares(weight, x.T @ x / 400, basis)
-    exact = torch.linalg.lstsq(x @ basis.T, x @ weight.T).solution.T
-    assert torch.allclose(x @ basis.T @ fit.T, x @ basis.T @ exact.T, atol=2e-2)
+    factors = [kernel(size, 5, seed=i).double() for i, size in enumerate((7, 2, 3, 3))]
+    up, *others = fit_outputs(weight, x.T @ x / 400, factors).cut(rank)
+    basis = cp.products([factor[:, :rank] for factor in factors[1:]])
+    exact = torch.linalg.lstsq(x @ basis.T, x @ weight.T).solution
+    ours = (up @ cp.products(others)).double()
+    wanted = x @ weight.flatten(1).T
+    assert (x @ ours.T - wanted).norm() < 1.001 * (x @ basis.T @ exact - wanted).norm()
+
+
+def test_outputs_are_nearer_when_they_count_than_when_only_weights_do():
+    x, weight = kernel(500, 90).double() * torch.logspace(0, -2, 90).double(), kernel(16, 10, 3, 3)
+    moment = x.T @ x / 500
+    far = lambda terms: float((x @ (composed(terms) - weight).flatten(1).double().T).norm())
+    assert far(cp_for(weight, moment).cut(12)) < 0.9 * far(cp_for(weight, None).cut(12))
 
 
 def test_the_backend_that_others_chose_stays():

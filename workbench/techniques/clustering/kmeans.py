@@ -4,10 +4,12 @@ Idea: a layer needs few different values. Group its weights into 2^bits clusters
 its cluster, and store the cluster's number with a small table of means. The table keeps training: a mean moves by the
 summed gradient of its weights.
 
-Settings: `bits` of a stored weight, so 2 to 256 shared values. `initial` says where the means start: evenly from the
-smallest weight to the largest (linear), at evenly spaced quantiles (density), or at random far from one another
-(k-means++). From there on, clusters that hardly matter are exchanged for ones that do, so that the start matters less
-than it does for plain k-means. `scope` "layer" finds values for each layer, "global" one set for all.
+Settings: `bits` of a stored weight, so 2 to 256 shared values. `initial` says where the means start: evenly in the
+cube root of the weights' density, which is best for very many values (cube-root); evenly from the smallest weight to
+the largest (linear); at evenly spaced quantiles (density); or at random far from one another (k-means++). From there
+on, clusters that hardly matter are exchanged for ones that do, so that the start matters less than it does for plain
+k-means. In a layer of few weights the best clusters of all are found, whatever the start. `scope` "layer" finds values
+for each layer, "global" one set for all.
 `finetune`, epochs of training of the shared values afterwards. `seed` of k-means++. Pruned weights stay zero, and zero
 is one of the values. A layer with no more different weights than values keeps them all, exactly.
 
@@ -18,7 +20,8 @@ When it does not: speed and memory. No kernel here looks weights up in a table, 
 in fp32 as before: the file shrinks, the time does not. At 8 bits it gains nothing over rounding to integers, which
 has fast kernels. One set of values for all layers suits none where their weights differ in size.
 
-Source: Han et al., 2016, arXiv:1510.00149; Arthur and Vassilvitskii, 2007, doi:10.5555/1283383.1283494 (k-means++).
+Source: Han et al., 2016, arXiv:1510.00149; Panter and Dite, 1951, doi:10.1109/JRPROC.1951.230419 (cube root); Arthur
+and Vassilvitskii, 2007, doi:10.5555/1283383.1283494 (k-means++); Wang and Song, 2011, doi:10.32614/RJ-2011-015 (exact).
 """
 
 from __future__ import annotations
@@ -36,11 +39,14 @@ from workbench.technique import Technique, setting
 from workbench.techniques.repair import finetune
 from workbench.weights import Codebook, finite_weight, parametrize_weight, weight_parametrizations
 
-INITIAL = ("linear", "density", "k-means++")
+INITIAL = ("cube-root", "linear", "density", "k-means++")
 ROUNDS = 60  # of assigning and averaging, at most
 EXCHANGES = 20  # of clusters that hardly matter for ones that do, at most
-WORTH = 1.05  # how much more a split must gain than the join costs
+BETWEEN = 5  # rounds from one exchange to the next
+WORTH = 1.02  # how much more a split must gain than the join costs
 SAMPLE = 4096  # values that k-means++ draws from
+BLOCKS = 4  # of values for each cluster, whose width tells the density there
+SMALL = 1 << 24  # clusters times values times the most values in a cluster: up to here the best clusters are found
 
 
 @dataclass(frozen=True)
@@ -91,11 +97,21 @@ class SortedValues:
 def initial_centroids(data: SortedValues, count: int, initial: str, random: np.random.Generator) -> np.ndarray:
     """Return `count` sorted starting points, float64, chosen in one of the ways INITIAL."""
     values = data.values
+    if initial == "cube-root":
+        return _companded(values, count)
     if initial == "linear":
         return np.linspace(values[0], values[-1], count)
     if initial == "density":
         return values[((np.arange(count) + 0.5) / count * len(values)).astype(int)]
     return _far_apart(values, count, random)
+
+
+def _companded(values: np.ndarray, count: int) -> np.ndarray:
+    """Space the points evenly in the cube root of the density: the more the values, the nearer to the best."""
+    ends = np.linspace(0, len(values), min(len(values), BLOCKS * count) + 1).astype(int)
+    edges = values[np.minimum(ends, len(values) - 1)]
+    passed = np.append(0.0, np.cumsum(np.cbrt(np.diff(ends) * np.diff(edges) ** 2)))
+    return np.interp((np.arange(count) + 0.5) / count * passed[-1], passed, edges)
 
 
 def _far_apart(values: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
@@ -112,12 +128,18 @@ def _far_apart(values: np.ndarray, count: int, random: np.random.Generator) -> n
 
 
 def lloyd(data: SortedValues, centroids: np.ndarray, rounds: int) -> np.ndarray:
-    """Move sorted centroids (k,) towards the means of the values nearest to them, until they stay."""
+    """Move sorted centroids (k,) towards the means of the values nearest to them, until they stay.
+
+    Each round also goes on in the direction of the last one, until it would have to turn round: plain averaging
+    creeps. Source: O'Donoghue and Candès, 2012, arXiv:1204.3982 (restart by the gradient).
+    """
+    last, age = centroids, 0
     for _ in range(rounds):
         _, means = data.means(data.ends(centroids), centroids)
         if np.array_equal(means, centroids):
             break
-        centroids = means
+        age = age + 1 if ((means - centroids) * (means - last)).sum() >= 0 else 0
+        centroids, last = np.sort(means + age / (age + 3) * (means - last)), means
     return centroids
 
 
@@ -145,13 +167,39 @@ def exchange(data: SortedValues, centroids: np.ndarray) -> np.ndarray | None:
     return None if np.array_equal(moved, means) else np.sort(moved)
 
 
-def kmeans(data: SortedValues, count: int, initial: str = "linear", seed: int = 0) -> np.ndarray:
+def best_clusters(data: SortedValues, count: int) -> np.ndarray:
+    """Return the `count` centroids of least inertia, sorted: the best end for 1, 2, … clusters of the first values.
+
+    Time and memory grow with the values times the most of them that one cluster can hold; the time with `count` too.
+    Source: Wang and Song, 2011, doi:10.32614/RJ-2011-015.
+    """
+    values = len(data.values)
+    ends, sizes = np.arange(1, values + 1)[:, None], np.arange(1, values - count + 2)
+    starts = (ends - sizes).clip(0)
+    inside = data.squares[ends] - data.squares[starts] - (data.sums[ends] - data.sums[starts]) ** 2 / sizes
+    inside[sizes > ends] = np.inf
+    least, taken = np.append(0.0, np.full(values, np.inf)), []
+    for _ in range(count):
+        before = np.append(np.full(len(sizes) - 1, np.inf), least[:-1])
+        total = inside + np.lib.stride_tricks.sliding_window_view(before, len(sizes))[:, ::-1]
+        best = total.argmin(1)
+        least = np.append(np.inf, total[ends[:, 0] - 1, best])
+        taken.append(np.append(0, sizes[best]))
+    places = [values]
+    for size in reversed(taken):
+        places.append(places[-1] - size[places[-1]])
+    return data.means(np.array(places[::-1]), np.zeros(count))[1]
+
+
+def kmeans(data: SortedValues, count: int, initial: str = "cube-root", seed: int = 0) -> np.ndarray:
     """Return at most `count` sorted centroids, float64; all distinct values where there are no more than that."""
     if len(data.distinct) <= count:
         return data.distinct
+    if count * len(data.values) * (len(data.values) - count + 1) <= SMALL:
+        return best_clusters(data, count)
     centroids = initial_centroids(data, count, initial, np.random.default_rng(seed))
     for _ in range(EXCHANGES):
-        moved = exchange(data, lloyd(data, centroids, 3))
+        moved = exchange(data, lloyd(data, centroids, BETWEEN))
         if moved is None:
             break
         centroids = moved
@@ -181,7 +229,7 @@ class WeightClustering(Technique):
     source: ClassVar[str] = "Han et al., 2016, arXiv:1510.00149"
 
     bits: int = setting(4, low=1, high=8, step=1, unit="bits", neutral=32, help="2^bits values are shared.")
-    initial: str = setting("linear", choices=INITIAL, help="Where the shared values start.")
+    initial: str = setting("cube-root", choices=INITIAL, help="Where the shared values start.")
     scope: str = setting("layer", choices=("layer", "global"), help="Values for each layer, or one set for all.")
     finetune: int = setting(0, low=0, high=10, step=1, unit="epochs", neutral=0, help="Training of the shared values.")
     seed: int = setting(0, low=0, high=99, step=1, help="Of the random starts of k-means++.")

@@ -5,29 +5,30 @@ input vector times a column times a row. As layers, this is a 1×1 convolution t
 depthwise one along each of them, and a 1×1 convolution to the outputs: R·(outputs + inputs + height + width) numbers.
 
 Settings: `rank`, as part of the largest rank at which the four layers hold fewer numbers than the one: it is the part
-of the weights that is left. `sweeps` of alternating least squares, from singular vectors and, where the rank exceeds
-these, from random ones drawn with `seed`. `objective` says what is approximated: "weights", or "outputs", where a
-direction of the input channels counts as much as 128 training images use it and the last layer is fitted to the
-outputs. `recalibrate` measures the statistics of BatchNorm anew. `finetune`, epochs of training afterwards. Linear
+of the weights that is left. The terms are those of singular values: along rows and columns the kernel is turned into
+its main directions, and each pair of these leaves a matrix of outputs × inputs, whose singular vectors give terms.
+`sweeps` of alternating least squares improve them. `objective` says what is approximated: "weights", or "outputs",
+where a direction of the input channels counts as much as 128 training images use it and the last layer is fitted to
+the outputs. `recalibrate` measures the statistics of BatchNorm anew. `finetune`, epochs of training afterwards. Linear
 layers, 1×1 and grouped convolutions are left alone.
 
 When it helps: large kernels of few channels, and where very few multiply-adds are wanted and there is time to train.
+Without sweeps all ranks come from one decomposition, so the slider answers at once, and no two terms can cancel.
 
-When it does not: it is unstable. The best approximation of a given rank need not exist: terms can grow without bound
+When it does not: the best approximation of a given rank need not exist. With many sweeps terms can grow without bound
 and cancel one another, least squares then stall, and training starts from large numbers that nearly cancel. A small
-penalty holds the terms down here, and a layer whose terms are not finite, or no better than nothing, is left as it was.
-Ranks do not nest, so each slider position is decomposed by itself, which takes seconds the first time. Depthwise
-kernels are slow for what they compute, so fewer multiply-adds need not be less time. Layers that are pruned, clustered
-or quantized become dense again.
+penalty holds the terms down here, and a layer that sweeps do not improve keeps the terms it started from. Sweeps take
+seconds, at each rank anew, and gain a few hundredths of the error. Depthwise kernels are slow for what they compute,
+so fewer multiply-adds need not be less time. Layers that are pruned, clustered or quantized become dense again.
 
-Source: Lebedev et al., 2015, arXiv:1412.6553.
+Source: Lebedev et al., 2015, arXiv:1412.6553; De Lathauwer et al., 2000, doi:10.1137/S0895479896305696 (main
+directions); sweeps by tensorly.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,25 +42,61 @@ from workbench.techniques.replacing import fitted, is_spatial, replaced, thin
 PENALTY = 1e-4  # of the kernel's squared norm: too little to spoil a fit, enough to hold terms that cancel
 
 
-def cp_terms(weight: Tensor, rank: int, sweeps: int, seed: int) -> list[Tensor] | None:
-    """Return one factor (size, rank) for each dimension of `weight`; their sum of products approximates it.
+class Terms(NamedTuple):
+    """The terms of a kernel in falling order, float64; their first r are the terms of rank r.
 
-    None where alternating least squares fail: singular equations, NaN, or an error as large as the weight. Each term's
-    norm is shared evenly between its factors. Source: Kolda and Bader, 2009, doi:10.1137/07070111X; by tensorly.
+    `factors`: one (size, R) for each dimension of the kernel. `root` (R, R), lower triangular, and `seen` (R, outputs):
+    what fits the output vectors to the outputs of the layer, None where only the weights count.
+    """
+
+    factors: list[Tensor]
+    root: Tensor | None = None
+    seen: Tensor | None = None
+
+    def cut(self, rank: int) -> list[Tensor]:
+        """Return the factors (size, rank) of that rank, float32."""
+        up, *others = (factor[:, :rank] for factor in self.factors)
+        if self.root is not None:
+            up = torch.linalg.solve_triangular(self.root[:rank, :rank].T, self.seen[:rank], upper=True).T
+        return [factor.float() for factor in balanced([up, *others])]
+
+
+def singular_terms(weight: Tensor) -> list[Tensor]:
+    """Return one factor (size, R) for each dimension of `weight`, R being its largest rank, by singular values.
+
+    The terms are orthogonal to one another, in falling order, so that the first r are the best r of them. All of them,
+    of which there can be more than R, make up `weight`.
+    """
+    core, directions = weight.double(), []
+    for axis in range(2, weight.dim()):
+        rows = weight.double().movedim(axis, 0).flatten(1)
+        directions.append(torch.linalg.eigh(rows @ rows.T).eigenvectors)
+        core = torch.tensordot(core, directions[-1], dims=([2], [0]))
+    ups, sizes, downs = torch.linalg.svd(core.flatten(2).movedim(2, 0), full_matrices=False)
+    order = sizes.flatten().argsort(descending=True, stable=True)[: largest_rank(weight)]
+    pair, place = order // sizes.shape[1], order % sizes.shape[1]
+    along = torch.unravel_index(pair, core.shape[2:])
+    up, down = ups[pair, :, place].T * sizes.flatten()[order], downs[pair, place].T
+    return [up, down, *(each[:, chosen] for each, chosen in zip(directions, along, strict=True))]
+
+
+def swept(weight: Tensor, terms: list[Tensor], sweeps: int) -> list[Tensor]:
+    """Return the `terms` after rounds of alternating least squares towards `weight`; as they were if that fails.
+
+    It fails where equations are singular, and counts as failed where the error does not fall. Source: Kolda and Bader,
+    2009, doi:10.1137/07070111X; by tensorly.
     """
     import tensorly
     from tensorly.decomposition import parafac
 
-    size = weight.norm()
-    options = {"n_iter_max": sweeps, "tol": 0, "l2_reg": PENALTY * float(size) ** 2, "random_state": seed}
-    with tensorly.backend_context("pytorch", local_threadsafe=True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that the rank exceeds the singular vectors, which is meant so
+    options = {"n_iter_max": sweeps, "tol": 0, "l2_reg": PENALTY * float(weight.norm()) ** 2}
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
         try:
-            terms = parafac(weight, rank, **options).factors
+            found = parafac(weight, terms[0].shape[1], init=(None, [t.clone() for t in terms]), **options).factors
         except RuntimeError:  # torch's word for singular equations
-            return None
-    good = (composed(terms) - weight).norm() < size  # false for NaN as well
-    return balanced(terms) if good else None
+            return terms
+    better = (composed(found) - weight).norm() < (composed(terms) - weight).norm()  # false for NaN as well
+    return balanced(found) if better else terms
 
 
 def products(terms: list[Tensor]) -> Tensor:
@@ -82,28 +119,38 @@ def balanced(terms: list[Tensor]) -> list[Tensor]:
     return [factor * (even / norm) for factor, norm in zip(terms, norms, strict=True)]
 
 
-def least_squares(weight: Tensor, moment: Tensor, basis: Tensor) -> Tensor:
-    """Return P (outputs, r) for which P·basis answers most like `weight` (outputs, n) on inputs of `moment` (n, n).
+def fit_outputs(weight: Tensor, moment: Tensor, factors: list[Tensor]) -> Terms:
+    """Return terms whose output vectors are fitted so that the kernel answers most like `weight` at every rank.
 
-    `basis`: (r, n), float64. The mean squared difference of the outputs is the least there is.
+    `weight`: (outputs, n), float64; `moment`: (n, n), of its inputs. The mean squared difference of the outputs is the
+    least there is.
     """
-    seen = basis @ moment
-    root = moment_root(seen @ basis.T)
-    return torch.cholesky_solve(seen @ weight.double().T, root).T
+    basis = products(factors[1:])
+    used = basis @ moment
+    root = moment_root(used @ basis.T)
+    return Terms(factors, root, torch.linalg.solve_triangular(root, used @ weight.T, upper=False))
 
 
-def cp_for(weight: Tensor, moment: Tensor | None, part: float, sweeps: int, seed: int) -> list[Tensor] | None:
-    """Decompose a kernel into the terms of four layers, with its inputs weighed as `moment` says they are used."""
-    rank = max(1, round(part * largest_rank(weight)))
-    if moment is None:
-        return cp_terms(weight, rank, sweeps, seed)
-    root = moment_root(channel_moment(moment, weight.shape[1]))
-    terms = cp_terms(torch.einsum("oi...,ij->oj...", weight, root.float()), rank, sweeps, seed)
-    if terms is None:
-        return None
-    down = torch.linalg.solve_triangular(root, terms[1].double().T, upper=False, left=False).T
-    up = least_squares(weight.flatten(1), moment, products([down, *(term.double() for term in terms[2:])]))
-    return [up.float(), down.float(), *terms[2:]]
+def cp_for(weight: Tensor, moment: Tensor | None, rank: float = 1.0, sweeps: int = 0) -> Terms:
+    """Decompose a kernel into terms, its inputs weighed as `moment` says they are used.
+
+    The terms serve every rank unless there are `sweeps`, which are of one `rank`, as part of the largest.
+    """
+    weight = weight.double()
+    channels = weight.shape[1]
+    root = torch.eye(channels).to(weight) if moment is None else moment_root(channel_moment(moment, channels))
+    weighed = torch.einsum("oi...,ij->oj...", weight, root)
+    factors = singular_terms(weighed)
+    if sweeps:
+        factors = swept(weighed, Terms(factors).cut(rank_of(weight, rank)), sweeps)
+        factors = [factor.double() for factor in factors]
+    factors[1] = torch.linalg.solve_triangular(root, factors[1].T, upper=False, left=False).T
+    return Terms(factors) if moment is None else fit_outputs(weight.flatten(1), moment, factors)
+
+
+def rank_of(weight: Tensor, part: float) -> int:
+    """Return that part of the largest rank, at least one."""
+    return max(1, round(part * largest_rank(weight)))
 
 
 def largest_rank(weight: Tensor) -> int:
@@ -130,7 +177,7 @@ class CPDecomposition(Technique):
     source: ClassVar[str] = "Lebedev et al., 2015, arXiv:1412.6553"
 
     rank: float = setting(0.5, low=0.05, high=1.0, step=0.05, unit="of the weights", neutral=1.0)
-    sweeps: int = setting(10, low=1, high=100, step=1, help="Rounds of alternating least squares.")
+    sweeps: int = setting(0, low=0, high=100, step=1, help="Rounds of alternating least squares; they take seconds.")
     objective: str = setting(
         "outputs",
         choices=("outputs", "weights"),
@@ -138,21 +185,20 @@ class CPDecomposition(Technique):
     )
     recalibrate: bool = setting(True, choices=(True, False), help="Measure BatchNorm statistics anew afterwards.")
     finetune: int = setting(0, low=0, high=10, step=1, unit="epochs", neutral=0, help="Training afterwards.")
-    seed: int = setting(0, low=0, high=9, step=1)
 
     def compress(self, model, data=None, watch=None):
-        """Return a copy with decomposed convolutions; those that least squares fail on are left as they were.
+        """Return a copy with decomposed convolutions.
 
         `data`: a `Data`; without one, `objective` is "weights" and nothing is recalibrated. Raises ValueError where a
         weight holds NaN or infinity.
         """
         small = clone(model)
         if self.rank < 1:
-            fit = lambda weight, moment: cp_for(weight, moment, self.rank, self.sweeps, self.seed)
-            key = ("CP", self.rank, self.sweeps, self.seed)
-            found = fitted(model, data, key, self.objective, fit, is_spatial)
-            terms = {name: each for name, each in found.items() if each is not None}
-            small = replaced(small, lambda name, layer: four_layers(layer, terms[name]), terms)
+            own = (self.rank, self.sweeps) if self.sweeps else ()
+            fit = lambda weight, moment: cp_for(weight, moment, *own)
+            terms = fitted(model, data, ("CP", *own), self.objective, fit, is_spatial)
+            make = lambda name, layer: four_layers(layer, terms[name].cut(rank_of(layer.weight, self.rank)))
+            small = replaced(small, make, terms)
             if self.recalibrate:
                 recalibrate(small, calibration_batches(model, data))
         return finetune(small, data, self.finetune, watch)

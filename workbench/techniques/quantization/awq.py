@@ -22,7 +22,8 @@ Source: Lin et al., 2024, arXiv:2306.00978.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,6 @@ from workbench.techniques.quantization.layerwise import (
     Moments,
     damped,
     layer_moments,
-    output_errors,
 )
 from workbench.techniques.quantization.post_training import weight_quantizer
 from workbench.techniques.quantization.structure import (
@@ -46,26 +46,50 @@ from workbench.techniques.quantization.structure import (
 from workbench.weights import FakeQuantize, finite_weight, parametrize_weight
 
 POWERS = torch.linspace(0, 1, 11)
-DIRECTIONS = 128  # of the inputs' second moment that the search looks at, those of most energy
+DIRECTIONS = 128  # of the inputs that the search tells apart, those of most energy
+EXACT = 1536  # inputs up to which these are computed exactly: beyond, that takes many seconds
 
 
-def awq_factors(weight: Tensor, magnitudes: Tensor, moment: Tensor, bits: int, grid: dict) -> Tensor:
+class Energy(NamedTuple):
+    """The second moment (n, n) of a layer's inputs, as `directions`·`directions`ᵀ and a diagonal `rest` for the others.
+
+    `directions`: (n, k), float32, the k of most energy, exact where n is at most EXACT. `rest`: (n,), float32. The
+    whole moment of a large layer is too slow to try dozens of factors on.
+    """
+
+    directions: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, moment: Tensor) -> Energy:
+        """Find the main directions of `moment`, float64."""
+        lifted = damped(moment, 1e-4).float()
+        if len(lifted) <= EXACT:
+            values, vectors = torch.linalg.eigh(lifted)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                vectors, values, _ = torch.svd_lowrank(lifted, DIRECTIONS)
+            values, vectors = values.flip(0), vectors.flip(1)
+        directions = vectors[:, -DIRECTIONS:] * values[-DIRECTIONS:].clamp_min(0).sqrt()
+        return cls(directions, (lifted.diagonal() - directions.square().sum(1)).clamp_min(0))
+
+    def error(self, change: Tensor) -> float:
+        """Return the squared error of the outputs when the weight is off by `change` (m, n)."""
+        return float((change @ self.directions).square().sum() + (change.square() @ self.rest).sum())
+
+
+def awq_factors(weight: Tensor, magnitudes: Tensor, energy: Energy, bits: int, grid: dict) -> Tensor:
     """Return the factors (n,) by which the columns of `weight` (m, n) are to be multiplied before rounding to `bits`.
 
-    `magnitudes` (n,): size of each input. `moment` (n, n): their second moment. `grid`: the granularity and group size
-    of `weight_quantizer`. Factors are all 1 where none lowers the output error. Source: Lin et al., 2024,
+    `magnitudes` (n,): size of each input. `energy`: of the inputs. `grid`: the granularity and group size of
+    `weight_quantizer`. Factors are all 1 where none lowers the output error. Source: Lin et al., 2024,
     arXiv:2306.00978, equations 4 and 5.
     """
-    root = main_directions(moment)
-    best = least = None
-    for power in POWERS.tolist():
-        factors = _balanced(magnitudes, power)
-        error = float(((_nearest(weight, factors, bits, grid, "min-max") - weight) @ root).square().sum())
-        if least is None or error < least:
-            best, least = factors, error
+    error = lambda factors, calibration: energy.error(_nearest(weight, factors, bits, grid, calibration) - weight)
+    best = min((_balanced(magnitudes, power) for power in POWERS.tolist()), key=lambda each: error(each, "min-max"))
     ones = torch.ones_like(best)
-    exact = lambda f: float(output_errors(_nearest(weight, f, bits, grid, "mse") - weight, moment).sum())
-    return best if exact(best) < exact(ones) else ones
+    return best if error(best, "mse") < error(ones, "mse") else ones
 
 
 def _balanced(magnitudes: Tensor, power: float) -> Tensor:
@@ -76,12 +100,6 @@ def _balanced(magnitudes: Tensor, power: float) -> Tensor:
 def _nearest(weight: Tensor, factors: Tensor, bits: int, grid: dict, calibration: str) -> Tensor:
     scaled = weight * factors
     return weight_quantizer(scaled, bits, calibration=calibration, **grid)(scaled) / factors
-
-
-def main_directions(moment: Tensor) -> Tensor:
-    """Return R (n, k), float32, with R·Rᵀ the best approximation of `moment` (n, n) by its k main directions."""
-    values, vectors = torch.linalg.eigh(damped(moment, 1e-4).float())
-    return vectors[:, -DIRECTIONS:] * values[-DIRECTIONS:].clamp_min(0).sqrt()
 
 
 @dataclass(frozen=True)
@@ -131,7 +149,8 @@ def _search(model: nn.Module, pairs: list[Pair], moments: Moments, bits: int, gr
         channels = channels_of(model.get_submodule(pair.source))
         sizes = moment.diagonal().reshape(channels, -1).mean(1).sqrt().float()
         spread = sizes.repeat_interleave(len(moment) // channels)
-        factors = awq_factors(weight.flatten(1), spread, moment, bits, grid)
+        energy = moments.derive(("energy", pair.reader), partial(Energy.of, moment))
+        factors = awq_factors(weight.flatten(1), spread, energy, bits, grid)
         scaled = (weight.flatten(1) * factors).reshape(weight.shape)
         quantizer = weight_quantizer(scaled, bits, calibration="mse", **grid)
         found[pair.reader] = (factors.reshape(channels, -1)[:, 0], quantizer)
