@@ -4,8 +4,10 @@ import math
 import re
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
+import profiles
 import pytest
 import toy
 
@@ -135,6 +137,14 @@ def test_server_says_whether_its_bound_was_kept(opened):
     assert result.offered_per_second == pytest.approx(0.8 * alone.images_per_second)
     assert result.bound_ms >= 10 and "bound" in shown.tiles.html
     assert shown.look(shown.baseline).results["server"].offered_per_second == result.offered_per_second
+
+
+def test_a_scenario_on_a_busy_machine_is_called_noisy():
+    quiet = profiles.scenarios()["server"]
+    loud = replace(quiet, busy=0.5, service_ms=np.ones(8))
+    assert "noisy" not in words.scenario_tile("server", quiet, quiet, None)
+    assert "queries, noisy" in words.scenario_tile("server", loud, quiet, None)
+    assert re.search(r"baseline [\d,.]+, noisy · ", words.scenario_tile("server", quiet, loud, None))
 
 
 def test_a_condition_seen_before_is_not_measured_again(opened):

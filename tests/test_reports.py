@@ -2,7 +2,9 @@
 
 import json
 import re
+from dataclasses import replace
 
+import numpy as np
 import profiles
 import pytest
 import torch
@@ -74,6 +76,15 @@ def test_the_text_has_every_section():
     for figure in ("features.conv2.0", "1,100  billion", "launch-bound", "the bound of 4 ms was kept", "★ knee"):
         assert figure in said
     assert "no C++ compiler" in said and "345 MB" in said and max(map(len, said.splitlines())) < 200
+
+
+def test_a_scenario_on_a_busy_machine_is_called_noisy():
+    loud = replace(profiles.scenarios()["server"], service_ms=np.ones(9), busy=0.5)
+    report = profiles.report(scenarios={**profiles.scenarios(), "server": loud})
+    assert re.search(r"server \(noisy\)  +1", str(report)) and "noisy: the machine was not quiet" in str(report)
+    assert "server (noisy)" in html_page(report) and "The machine was not quiet" in html_page(report)
+    assert report.to_dict()["scenarios"]["server"]["noisy"] is True
+    assert "noisy" not in str(profiles.report())
 
 
 def test_the_page_loads_nothing():
