@@ -98,10 +98,10 @@ def layer_table(report: Report) -> Table:
 def scenario_table(report: Report) -> Table:
     """Return one row a scenario."""
     heads = ("scenario", "batch", "queries", "median, ms", "p90, ms", "p99, ms", "bound, ms", "images a second")
-    rows = [
-        (name + (" (noisy)" if r.noisy else ""), r.batch, r.queries, r.p50_ms, r.p90_ms, r.p99_ms, r.bound_ms, r.images_per_second)
-        for name, r in report.scenarios.items()
-    ]
+    rows = []
+    for name, r in report.scenarios.items():
+        noisy = " (noisy)" if r.noisy else ""
+        rows.append((name + noisy, r.batch, r.queries, r.p50_ms, r.p90_ms, r.p99_ms, r.bound_ms, r.images_per_second))
     return heads, rows
 
 
