@@ -1,5 +1,6 @@
 """Time by layer, the machine's roofs, and verdicts on models made on purpose: removing the cause makes them faster."""
 
+import gc
 import json
 import math
 import os
@@ -37,8 +38,8 @@ from workbench.profiler import (
 )
 from workbench.profiler.roofline import cache_sizes
 from workbench.profiler.verdicts import layer_verdicts
-from workbench.runtimes import RuntimeFailed, runtime
-from workbench.runtimes.layers import layers_inside, parts_of
+from workbench.runtimes import Prepared, RuntimeFailed, runtime
+from workbench.runtimes.layers import instrumented, layers_inside, parts_of
 from workbench.surgery import clone, weighted_layers
 from workbench.weights import Mask, parametrize_weight
 
@@ -73,6 +74,13 @@ def by_layer(model, example, name="eager", **options):
     return whole, {one.layer: one for one in each}
 
 
+def require(name):
+    """Skip where ONNX Runtime, the only runtime that need not be there, is not installed."""
+    if name == "onnxruntime":
+        pytest.importorskip("onnx", reason="onnx is not installed; `pip install 'workbench[onnx]'` adds it.")
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed.")
+
+
 def tiny_layers(depth=40):
     return nn.Sequential(*[layer for _ in range(depth) for layer in (nn.Linear(16, 16), nn.ReLU())]).eval()
 
@@ -92,8 +100,10 @@ def sparse(model, kept=0.3):
 # --- time by layer -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["eager", "eager channels-last", "openvino"])
+@pytest.mark.parametrize("name", ["eager", "eager channels-last", "openvino", "onnxruntime"])
 def test_layers_and_what_lies_outside_add_up_to_the_whole(name):
+    require(name)
+
     def close():
         found = layer_times(vgg(32), images(), name)
         assert sum(layer.ms for layer in found.layers) + found.outside_ms == pytest.approx(found.total_ms)
@@ -104,8 +114,9 @@ def test_layers_and_what_lies_outside_add_up_to_the_whole(name):
     assert often(close, tries=6)
 
 
-@pytest.mark.parametrize("name", ["eager", "openvino"])
+@pytest.mark.parametrize("name", ["eager", "openvino", "onnxruntime"])
 def test_layers_carry_the_names_and_costs_of_torch(name):
+    require(name)
     model, example = vgg(), images(2)
     found = {layer.name: layer for layer in layer_times(model, example, name).layers}
     for cost in layer_costs(model, example):
@@ -139,11 +150,53 @@ def test_attention_is_one_layer_and_containers_are_none():
     assert [name for name, _ in layers_inside(model)] == ["0.attention", "1.0"]
 
 
+def odd_widths():
+    """Layers whose channels fill no block of 16, one of them in groups, and a linear layer that multiplies rows."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 10, 3, padding=1), nn.ReLU(), nn.Conv2d(10, 20, 3, padding=1, groups=2), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(2), nn.Linear(784, 8)).eval()
+
+
+def test_onnxruntime_s_kernels_have_the_names_of_torch_where_it_fuses_fills_up_and_rounds():
+    require("onnxruntime")
+    costs = {cost.name: (cost.kind, 2 * cost.macs) for cost in layer_costs(odd_widths(), images(2))}
+    for model in (odd_widths(), quantized(odd_widths())):
+        found = {one.name: one for one in layer_times(model, images(2), "onnxruntime", calls=20).layers}
+        assert {name: (found[name].kind, found[name].macs) for name in costs} == costs
+        kernels = runtime("onnxruntime").prepare(model, images(2)).kernels
+        assert [kernel.layer for kernel in kernels] == list(costs)
+        assert [kernel.precision for kernel in kernels] == [found[name].precision for name in costs]
+    assert (found["0"].precision, found["0"].kernel) == ("int8", "QLinearConv")
+    assert found["0"].weight_bytes < 4 * 90 <= found["2"].weight_bytes  # the second runs in fp32, from codes
+    assert {"QuantizeLinear", "DequantizeLinear"} < {one.kind for one in found.values()}
+
+
+def test_the_profiler_s_own_work_is_taken_off():
+    require("onnxruntime")
+    empty = nn.Sequential(*(nn.Linear(1, 1) for _ in range(40))).eval()
+
+    def close():
+        found = layer_times(empty, torch.zeros(1, 1), "onnxruntime")
+        return sum(layer.ms for layer in found.layers) < found.total_ms
+
+    assert often(close)
+
+
+def test_stopped_profiles_leave_no_files(tmp_path, monkeypatch):
+    require("onnxruntime")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    copy = instrumented(runtime("onnxruntime").prepare(vgg(), images()))
+    copy.run()
+    assert list(tmp_path.rglob("profile*"))
+    del copy
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_runtime_without_layers_says_so():
-    pytest.importorskip("onnxruntime", reason="the runtime that shows no layers is not installed")
-    pytest.importorskip("onnx", reason="the runtime that shows no layers is not installed")
-    with pytest.raises(RuntimeFailed, match="does not show its layers; choose eager, openvino or cuda"):
-        layer_times(vgg(), images(), "onnxruntime")
+    prepared = Prepared(runtime("eager"), images(), 1)
+    with pytest.raises(RuntimeFailed, match="does not show its layers; choose one of openvino, eager, cuda, onnxrunti"):
+        instrumented(prepared)
 
 
 @needs_gpu

@@ -13,6 +13,7 @@ from torch import nn
 from workbench.profiler import compare_profiles, load_profile, save_profile
 from workbench.reports import SECTIONS, collect, html_page, investigate, words
 from workbench.reports.page import POLICY
+from workbench.runtimes import RuntimeFailed
 from workbench.subjects import Subject
 
 
@@ -51,11 +52,15 @@ def test_progress_only_grows_and_ends():
     assert seen == sorted(seen) and seen[-1] == 1.0
 
 
-def test_what_cannot_be_measured_says_why():
-    found = investigate(subject(), None, ("layers",), runtimes=["onnxruntime"], calls=6)
+def test_what_cannot_be_measured_says_why(monkeypatch):
+    def shows_none(model, example, runtime, threads):
+        raise RuntimeFailed(f"{runtime} does not show its layers.")
+
+    monkeypatch.setattr(collect, "layer_times", shows_none)
+    found = investigate(subject(), None, ("layers",), runtimes=["eager"], calls=6)
     assert found.layers is None and "does not show its layers" in found.missing["layers"]
-    assert "not measured: onnxruntime does not show its layers" in str(found)
-    assert "Not measured: onnxruntime" in html_page(found)
+    assert "not measured: eager does not show its layers" in str(found)
+    assert "Not measured: eager" in html_page(found)
 
 
 def test_a_section_that_there_is_not_is_refused():

@@ -1,8 +1,8 @@
 """Where the time of a model goes: each layer's own time, measured inside the running model, beside what it computes.
 
-Eager layers are timed around their own `forward`, OpenVINO's by its performance counters, CUDA's by the GPU's events
-(as `torch.profiler` and OpenVINO's `benchmark_app -pc` do). The end-to-end time is taken without any of that, in turns
-with it; what no layer accounts for is shown as time outside layers.
+Eager layers are timed around their own `forward`, OpenVINO's by its performance counters, ONNX Runtime's by its
+profiler, CUDA's by the GPU's events (as `torch.profiler` and OpenVINO's `benchmark_app -pc` do). The end-to-end time is
+taken without any of that, in turns with it; what no layer accounts for is shown as time outside layers.
 """
 
 from __future__ import annotations

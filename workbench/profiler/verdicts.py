@@ -40,7 +40,7 @@ FEWER = 1.05  # times fewer multiply-adds, from which on one expects to gain tim
 LANES = 16  # numbers in fp32 that AVX-512 computes at once: kernels take channels in such blocks
 LARGE = 0.1  # of the total time: a layer whose width is worth a measurement
 STEP = 1.1  # times more than its share of the multiply-adds must the odd width cost
-CONVERSIONS = ("InputQuantizer", "Reorder", "Convert", "fake_quantize")
+CONVERSIONS = ("InputQuantizer", "Reorder", "Convert", "fake_quantize", "QuantizeLinear", "DequantizeLinear")
 ADVICE = {
     "launch-bound": "Give it more images a call, or merge or drop layers: smaller ones start as slowly.",
     "memory-bound": "Store its weights in fewer bits or factors, or share them among more images a call.",
