@@ -28,6 +28,7 @@ from workbench.profiler import (
     layer_costs,
     layer_times,
     low_rank_map,
+    measure_layers,
     measure_roofline,
     points,
     roofline,
@@ -124,6 +125,28 @@ def test_layers_carry_the_names_and_costs_of_torch(name):
         assert (layer.kind, layer.macs, layer.precision) == (cost.kind, 2 * cost.macs, "fp32")
         assert layer.weight_bytes >= 4 * model.get_submodule(cost.name).weight.numel()
         assert layer.activation_bytes > 4 * 2 * math.prod(cost.output_shape[1:])
+
+
+@pytest.mark.parametrize("name", ["eager", "openvino"])
+def test_layers_grow_until_all_calls_are_made_and_can_be_stopped_anywhere(name, monkeypatch):
+    monkeypatch.setattr(sys.modules["workbench.profiler.layers"], "FRAME_S", 0.0)
+    before, seen = torch.get_num_threads(), []
+    for found in measure_layers([vgg(), vgg(16)], images(), name, threads=before + 1, calls=20):
+        seen.append(len(found))
+        assert torch.get_num_threads() == before and gc.isenabled()
+    assert seen[:4] == [0] * 4 and set(seen) == {0, 2} and seen == sorted(seen) and seen.count(2) > 10
+    assert [one.layers[-1].macs for one in found] == [32 * 10, 64 * 10]
+    running = measure_layers([vgg()], images(), name, threads=before + 1)
+    for _ in range(8):
+        next(running)
+    running.close()
+    assert torch.get_num_threads() == before and gc.isenabled()
+
+
+def test_onnxruntime_tells_its_layers_at_the_end():
+    require("onnxruntime")
+    *growing, last = measure_layers([vgg()], images(), "onnxruntime", calls=20)
+    assert len(growing) > 20 and not any(growing) and last[0].layers
 
 
 def test_a_slow_layer_is_the_one_that_is_found():
