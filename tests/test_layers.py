@@ -390,23 +390,39 @@ def test_a_faster_model_is_said_to_be_faster_and_why():
     assert often(lambda: "compute in int8" in judged(quantized(vgg(32)), vgg(32)).evidence)
 
 
-def slower(model, baseline, known=None):
+def slower(model, baseline, known=None, layers=(), ms=2.0):
     """Judge two models as if the first had taken twice as long."""
     from test_profiler import taken as rounds
 
-    now, before = rounds(*[(2.0,)] * 8), rounds(*[(1.0,)] * 8)
-    return whole_verdict(taken(model, now), taken(baseline, before), known)
+    now, before = rounds(*[(ms,)] * 8), rounds(*[(1.0,)] * 8)
+    return whole_verdict(taken(model, now), taken(baseline, before), known, layers)
 
 
-def test_more_layers_and_odd_widths_are_named_when_fewer_operations_do_not_pay():
+def test_fewer_operations_that_do_not_pay_are_blamed_on_nothing_that_was_not_measured():
     square = nn.Sequential(nn.Flatten(), nn.Linear(784, 64)).eval()
     factors = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.Linear(16, 64)).eval()
-    found = slower(factors, square)
-    assert found.kind == "launch-bound" and "1 layer more to start" in found.evidence
     odd = nn.Sequential(nn.Flatten(), nn.Linear(784, 51)).eval()
-    assert slower(odd, square).kind == "unaligned width"
-    launch = Limits(roofline(), {"ReLU": 1.5, "Linear": 1.5}, "eager", 1)  # all of the 2 ms
-    assert slower(odd, square, launch).kind == "launch-bound"
+    for model in (factors, odd):
+        found = slower(model, square)
+        assert found.kind == "slower" and "its layers be measured" in found.advice
+        assert "start" not in str(found) and "multiple" not in str(found)
+        assert slower(model, square, ms=1.0).kind == "inside the noise"
+    assert slower(square, square).kind == "slower" and slower(square, square).advice == ""
+
+
+def test_starts_and_odd_widths_are_blamed_where_they_were_measured():
+    square = nn.Sequential(nn.Flatten(), nn.Linear(784, 64)).eval()
+    odd = nn.Sequential(nn.Flatten(), nn.Linear(784, 51)).eval()
+    starts = lambda ms: Limits(roofline(), {"ReLU": ms, "Linear": ms}, "eager", 1)
+    found = slower(odd, square, starts(1.5))
+    assert found.kind == "launch-bound" and "starting its 1 layer takes 1.5 ms here" in found.evidence
+    assert slower(odd, square, starts(0.5)).kind == "slower"  # a quarter of the 2 ms explains little
+    width = Verdict("1", "unaligned width", "1 takes 2 ms with 51 and 0.5 ms with 48.", "Round its widths.")
+    found = slower(odd, square, starts(0.5), [Verdict("0", "memory-bound", "It moves."), width])
+    assert found.kind == "unaligned width" and width.evidence in found.evidence and found.advice == width.advice
+    assert slower(odd, square, starts(0.5), [Verdict("0", "memory-bound", "It moves.")]).advice.startswith(
+        "Ask the verdicts"
+    )
 
 
 def test_a_verdict_needs_latencies_of_one_run():
