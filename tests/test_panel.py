@@ -1,8 +1,10 @@
 """The panel without a browser: controls are moved, the worker is awaited, and what the page would show is read."""
 
+import gc
 import re
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +13,7 @@ import torch
 import toy
 
 import workbench as wb
-from workbench.panel import panel
+from workbench.panel import board, panel
 from workbench.panel.board import is_usual
 from workbench.panel.worker import Worker
 from workbench.surgery import clone
@@ -395,6 +397,45 @@ def test_another_technique_keeps_the_points_tried_so_far(opened):
     shown.undo()
     assert shown.wait_idle()
     assert shown.kind is wb.LowRank and shown.point is first and shown.chooser.value is wb.LowRank
+
+
+def moved(shown, rank):
+    shown.controls["rank"].value = rank
+    assert shown.wait_idle()
+    return shown.point
+
+
+def test_networks_not_used_for_longest_go_and_their_figures_stay(opened, monkeypatch):
+    monkeypatch.setattr(board, "MOST_MODELS", 3)
+    shown = opened(images=toy.data(val=128))
+    points = [moved(shown, 0.1)]
+    gone, small = weakref.ref(points[0].model), points[0].model.state_dict()
+    points += [moved(shown, rank) for rank in (0.2, 0.3, 0.4, 0.2, 0.6)]  # 0.2 is used again before it would go
+    gc.collect()
+    assert [point.model is not None for point in points] == [False, True, False, True, True, True] and gone() is None
+    sizes, known = [point.size_bytes for point in points], points[0].hits
+    assert set(trace(shown, "tradeoff-tried").x) >= {*sizes[:-1]} and points[0].timings["eager"].done
+    measurements = shown.measurements
+    assert moved(shown, 0.1) is points[0] and points[0].hits is known and shown.measurements == measurements
+    again = points[0].model.state_dict()
+    assert small.keys() == again.keys() and all(torch.equal(small[name], again[name]) for name in small)
+
+
+def test_networks_that_were_trained_here_or_pinned_stay(opened, monkeypatch):
+    monkeypatch.setattr(board, "MOST_MODELS", 1)
+    shown = opened(wb.LowRank(rank=0.5, finetune=1), images=toy.data(val=128))
+    shown.train()
+    assert shown.wait_idle() and shown.point.trained_here
+    trained = shown.point
+    shown.controls["finetune"].value = 0
+    pinned = moved(shown, 0.2)
+    shown.pin()
+    other = moved(shown, 0.3)
+    moved(shown, 0.4)
+    assert trained.model is not None and pinned.model is not None and other.model is None
+    shown.pin()  # the pin moves to the shown point
+    moved(shown, 0.3)
+    assert pinned.model is None and other.model is not None
 
 
 def test_address_names_the_technique(opened):

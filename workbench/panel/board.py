@@ -21,6 +21,7 @@ from workbench.technique import Technique
 
 REST = 0.08  # seconds without a new value after which the slider counts as released
 PATIENCE = 5.0  # seconds to wait for the release of a slider that is held still; the browser may never tell of it
+MOST_MODELS = 32  # points whose networks are kept; of those not used for longer only the figures stay
 FRAME = 0.1  # seconds between two drawings of progress in tiles and words
 FIGURE_FRAME = 0.4  # of the figure, since the browser's drawing takes a processor from what is measured
 
@@ -68,6 +69,7 @@ class Panel(ipywidgets.VBox):
         self.point: Point | None = None
         self.pinned: Point | None = None
         self._points: dict[Technique, Point] = {}
+        self._recent: list[Technique] = []  # the points in the order of their last use
         self._history, self._at = [starts[0]], 0
         self._applying = False
         self._notice = ""  # what was wrong with the page's address, until a control is moved
@@ -374,13 +376,27 @@ class Panel(ipywidgets.VBox):
 
     def _known(self, technique: Technique) -> Point | None:
         """Return the point of these settings: known, shipped, or compressed now; None if it must be trained first."""
-        if technique not in self._points:
+        point = self._points.get(technique)
+        if point is None or point.model is None:
             model = self._recall(technique) if technique.must_train else self._compress(technique)
             if model is None:
                 untrained = self._without_training(technique)
                 return untrained and self._known(untrained)
-            self._points[technique] = self._weigh(self._title(technique), technique, model)
-        return self._points[technique]
+            if point is None:
+                point = self._points[technique] = self._weigh(self._title(technique), technique, model)
+            point.model = model
+        self._used(technique)
+        return point
+
+    def _used(self, technique: Technique) -> None:
+        """Note that a point was used, and let go of the networks of those that were not for longest.
+
+        A network that was trained here stays, since that took long, and so does the pinned one.
+        """
+        self._recent = [*(one for one in self._recent if one != technique), technique]
+        for point in (self._points[one] for one in self._recent[:-MOST_MODELS]):
+            if not point.trained_here and point is not self.pinned:
+                point.model = None
 
     def _recall(self, technique: Technique) -> nn.Module | None:
         return technique.recall(self.model)
@@ -500,10 +516,11 @@ class Panel(ipywidgets.VBox):
         finally:
             self._training = None
         point = self._weigh(self._title(technique), technique, model)
-        point.steps = steps
+        point.steps, point.trained_here = steps, True
         if steps and steps[-1].step < steps[-1].steps:
             point.note = f"stopped after {steps[-1].step:,} of {steps[-1].steps:,} steps"
         self._points[technique] = point
+        self._used(technique)
         yield
         self.point = point
         self._draw()

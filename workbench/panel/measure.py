@@ -52,11 +52,14 @@ class Prediction:
 
 @dataclass
 class Point:
-    """One setting, and everything measured of it so far; the baseline is a point too."""
+    """One setting, and everything measured of it so far; the baseline is a point too.
+
+    `model` is None where a panel let go of it, to be made again when these settings come back.
+    """
 
     title: str
     technique: Technique | None
-    model: nn.Module
+    model: nn.Module | None
     size_bytes: int
     parameters: int
     macs: int
@@ -70,6 +73,7 @@ class Point:
     test: Accuracy | None = None
     test_hits: Tensor | None = None
     steps: list = field(default_factory=list)  # of the training that made it
+    trained_here: bool = False
     note: str = ""
     costs: tuple[LayerCost, ...] = ()  # of its layers, on one image
 

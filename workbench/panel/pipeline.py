@@ -196,9 +196,10 @@ class PipelinePanel(Panel):
         return self._weighed(technique, technique.run(self.model, self.data, watch))
 
     def _weighed(self, technique: Pipeline, reports: Iterable[StageReport]) -> nn.Module:
-        """Remember what each stage left, with the bytes of its file, and return the last model."""
-        self._reports[technique] = [(report, ledger(report.model).total_bytes) for report in reports]
-        return self._reports[technique][-1][0].model
+        """Remember what each stage left, with the bytes of its file but without its network; return the last model."""
+        left = [(report, ledger(report.model).total_bytes) for report in reports]
+        self._reports[technique] = [(replace(report, model=None), size) for report, size in left]
+        return left[-1][0].model
 
     def undone(self, point: Point) -> list[str]:
         """Return in sentences what the stages of a point undid of one another."""
