@@ -28,8 +28,13 @@ RECORDS = shipped("data", "records", "gpu.jsonl")
 BATCH, PIXELS = 64, 224
 
 
-def profiled(name: str, runtimes: Sequence[str], calls: int, batch: int = BATCH, pixels: int = PIXELS) -> Profile:
-    """Return the profile of a network's 2:4 sparse twin beside the network itself, on single images and on batches."""
+def profiled(
+    name: str, runtimes: Sequence[str], calls: int, threads: int = 1, batch: int = BATCH, pixels: int = PIXELS
+) -> Profile:
+    """Return the profile of a network's 2:4 sparse twin beside the network itself, on single images and on batches.
+
+    `threads` of the processor compute the outputs in fp32 that those of the GPU are compared with.
+    """
     if name in wb.MODELS:
         model, images = wb.load_model(name), wb.load_data("glyphs")
     else:
@@ -38,7 +43,7 @@ def profiled(name: str, runtimes: Sequence[str], calls: int, batch: int = BATCH,
         torch.manual_seed(0)
         model, images = models.get_model(name).eval(), torch.randn(1, 3, pixels, pixels)
     sparse = wb.SemiStructuredPruning().compress(model)
-    how = {"calls": calls, "throughput_batch": batch, "threads": allowed_cores()}
+    how = {"calls": calls, "throughput_batch": batch, "threads": threads}
     return wb.profile(sparse, images, baseline=model, runtimes=runtimes, **how)
 
 
@@ -54,7 +59,7 @@ def main() -> None:
     named = [one.name for one in RUNTIMES if one.device == "cuda"]
     lines = {line["name"]: line for line in read_profiles(args.out)}
     for name in args.model or MODELS:
-        found = profiled(name, named, args.calls)
+        found = profiled(name, named, args.calls, allowed_cores())
         roofs = roofline(device="cuda").to_dict()
         lines[name] = profile_record(found, name=name, baseline_name=f"{name}, not pruned", roofline=roofs)
         write_profiles(args.out, [lines[known] for known in MODELS if known in lines])

@@ -111,16 +111,17 @@ def test_copies_stay_in_the_cache_or_leave_it():
 
 
 @without_gpu
-def test_the_script_refuses_without_a_gpu():
+def test_the_script_refuses_without_a_gpu(monkeypatch):
+    monkeypatch.setattr("sys.argv", [str(SCRIPT)])
     with pytest.raises(SystemExit, match="no GPU here"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 def test_the_script_s_profiles_are_kept_a_line_each_and_shown_with_gpu_and_day(tmp_path):
     profiled = runpy.run_path(str(SCRIPT))["profiled"]
-    file, found = tmp_path / "gpu.jsonl", profiled("resnet18", ["eager"], calls=4, batch=2, pixels=64)
+    file, found = tmp_path / "gpu.jsonl", profiled("shufflenet_v2_x0_5", ["eager"], calls=2, batch=2, pixels=32)
     assert "No record of a GPU is shipped yet" in lesson.gpu_records(file).data and read_profiles(file) == []
-    line = json.loads(json.dumps(profile_record(found, name="resnet18")))
+    line = json.loads(json.dumps(profile_record(found, name="shufflenet_v2_x0_5")))
     (row,) = line["runtimes"]
     line["environment"]["gpu"] = "NVIDIA A100"
     line["runtimes"] = [
@@ -132,7 +133,7 @@ def test_the_script_s_profiles_are_kept_a_line_each_and_shown_with_gpu_and_day(t
     shown = lesson.gpu_records(file).data
     assert f"**NVIDIA A100, {line['saved'][:10]}**" in shown and "not on this machine" in shown
     dense, sparse = f"{row['baseline_median_ms']:.3f} ms", f"{row['median_ms']:.3f} ms"
-    assert f"| resnet18 | {dense}," in shown and f"| — | {sparse}," in shown
+    assert f"| shufflenet_v2_x0_5 | {dense}," in shown and f"| — | {sparse}," in shown
     file.write_text("{}\n")
     with pytest.raises(ValueError, match=r"line 1 of .* is not a saved profile"):
         read_profiles(file)
