@@ -324,7 +324,8 @@ def test_each_names_its_precision_and_times_with_events(name, precision):
 
 @needs_gpu
 def test_tf32_rounds_and_fp32_does_not():
-    models = {"linear": nn.Sequential(nn.Flatten(), nn.Linear(784, 512)), "convolution": nn.Conv2d(1, 512, 28)}
+    convolutions = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.Conv2d(64, 256, 3, padding=1))
+    models = {"linear": nn.Sequential(nn.Flatten(), nn.Linear(784, 512)), "convolution": convolutions}
     for kind, model in models.items():
         exact, rounded = (runtime(name).prepare(model.eval(), images(64)).difference for name in ("cuda", "cuda tf32"))
         assert exact < 1e-5, kind
@@ -383,14 +384,15 @@ def test_the_cache_is_flushed_outside_of_the_two_events():
     held = torch.cuda.get_device_properties(0).L2_cache_size
     cold = runtime("cuda").flushing().prepare(vgg(), images())
     assert cold._other.nbytes >= 2 * held and "L2 cache is flushed" in cold.note
-    writing_ms = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    writing_ms[0].record()
-    for _ in range(100):
-        cold._other.zero_()
-    writing_ms[1].record()
+    writing = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.inference_mode():
+        writing[0].record()
+        for _ in range(100):
+            cold._other.zero_()
+        writing[1].record()
     torch.cuda.synchronize()
-    empty = cold.time(lambda: None)
-    assert empty < max(0.02, writing_ms[0].elapsed_time(writing_ms[1]) / 100)
+    empty = min(cold.time(lambda: None) for _ in range(5))
+    assert empty < 0.5 * writing[0].elapsed_time(writing[1]) / 100
 
 
 @needs_gpu
@@ -479,7 +481,7 @@ def test_software_alone_is_tried_on_the_gpu():
 def test_a_report_has_all_its_sections_on_a_gpu(name, monkeypatch, tmp_path):
     monkeypatch.setattr("platformdirs.user_cache_path", lambda *_: tmp_path)
     subject, baseline = (
-        Subject(label, model, None, images()) for label, model in (("small", two_four(wide())), ("wide", wide()))
+        Subject(label, model, images()) for label, model in (("small", two_four(wide())), ("wide", wide()))
     )
     sections = ("layers", "roofline", "verdicts", "software", "memory")
     found = investigate(subject, baseline, sections, runtimes=[name], calls=20, throughput_batch=4)

@@ -298,7 +298,8 @@ def _width_verdict(layer: LayerTime, body: nn.Module, inputs: tuple[int, ...], f
     if even is None:
         return None
     fewer = body.weight.numel() / even.weight.numel()
-    prepare = lambda one: named_runtime(found.runtime).prepare(one, torch.zeros(_inputs_of(one, inputs)), found.threads)
+    way = named_runtime(found.runtime).for_baseline()  # no kernel for zeros takes an odd width
+    prepare = lambda one: way.prepare(one, torch.zeros(_inputs_of(one, inputs)), found.threads)
     quick, slow = latencies([prepare(even), prepare(body)], budget_s=1.0)
     ratio = compare(quick, slow)
     if not ratio.interval[0] > STEP * fewer:

@@ -210,7 +210,8 @@ def _scenarios(case: _Case, report: Report) -> Changes:
 
 def _sweep(case: _Case, report: Report) -> Changes:
     yield "preparing batches", {}
-    counts = sorted({1, case.threads, report.profile.environment.cores})
+    cores = report.profile.environment.cores
+    counts = sorted({1, case.threads, cores}) if case.way.device == "cpu" else [case.threads]
     example_of = lambda batch: repeated(case.subject.example, batch)
     for points in sweep_batches(case.subject.model, example_of, case.runtime, threads=counts, budget_s=10.0):
         yield "sweeping batch and threads", {"sweep": tuple(points)}

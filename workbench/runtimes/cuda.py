@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -51,6 +52,13 @@ def flush_bytes(l2_bytes: int) -> int:
     return max(2 * l2_bytes, LEAST_FLUSH_BYTES)
 
 
+@functools.lru_cache(maxsize=1)
+def _flush_buffer() -> Tensor:
+    """Return the memory that a flush writes, the same for all prepared models."""
+    held = torch.cuda.get_device_properties(0).L2_cache_size
+    return torch.empty(flush_bytes(held), dtype=torch.uint8, device="cuda")
+
+
 def peak_bytes(run: Callable) -> int:
     """Measure the most GPU memory that `run()` holds at a time beyond what was held before, from torch's allocator."""
     torch.cuda.synchronize()
@@ -71,8 +79,7 @@ class PreparedCuda(PreparedEager):
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._other: Tensor | None = None  # what fills the L2 cache before a call
         if runtime.flush_l2:
-            held = torch.cuda.get_device_properties(0).L2_cache_size
-            self._other = torch.empty(flush_bytes(held), dtype=torch.uint8, device="cuda")
+            self._other = _flush_buffer()
             self.tell("the L2 cache is flushed before each call")
 
     def tell(self, words: str) -> None:
@@ -141,8 +148,9 @@ class PreparedGraph(PreparedCuda):
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._output = self.model(self._input)
         except Exception as error:
+            first = error.__context__ or error  # what the model did, and not that the capture then could not end
             raise RuntimeFailed(
-                f"This model cannot be captured as a CUDA graph ({cause(error)}). A graph holds only what the GPU does "
+                f"This model cannot be captured as a CUDA graph ({cause(first)}). A graph holds only what the GPU does "
                 "without waiting for the processor; run it on cuda half, which launches one kernel after another."
             ) from error
 
