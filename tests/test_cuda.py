@@ -206,12 +206,12 @@ def test_a_reason_is_given_for_each_layer():
     model = two_four(wide(classes=47))
     dense = wide()
     assert sparse_refusals(bake(model)) == {
-        "0": "no linear layer or plain 1×1 convolution",
+        "0": "neither linear nor a plain 1×1 convolution",
         "2": "",
         "6": "",
         "8": f"of a width that is no multiple of {MULTIPLE}",
     }
-    assert set(sparse_refusals(dense).values()) == {"no linear layer or plain 1×1 convolution", "not 2:4 sparse"}
+    assert set(sparse_refusals(dense).values()) == {"neither linear nor a plain 1×1 convolution", "not 2:4 sparse"}
 
 
 def test_layers_that_others_read_or_hook_stay_dense():
@@ -220,7 +220,7 @@ def test_layers_that_others_read_or_hook_stay_dense():
     assert sparse_refusals(nn.Sequential(attention)) == {"0.out_proj": "read by the module around it"}
     rounded = quantized(nn.Sequential(nn.Flatten(), nn.Linear(784, 32)))
     rounded[1].parametrizations.weight.original.data.zero_()
-    assert set(sparse_refusals(bake(rounded)).values()) == {"rounding its inputs or otherwise hooked"}
+    assert set(sparse_refusals(bake(rounded)).values()) == {"rounding their inputs or otherwise hooked"}
     alone = nn.Linear(32, 32)
     alone.weight.data.zero_()
     assert sparse_refusals(alone) == {"": "the whole model, with no module around it"}
@@ -235,9 +235,9 @@ def test_without_a_sparse_layer_the_technique_is_named():
     with pytest.raises(RuntimeFailed) as refused:
         require_sparse(sparse_refusals(wide()))
     said = str(refused.value)
-    assert "of its 4 layers that multiply are 3 not 2:4 sparse, 1 no linear layer" in said
+    assert "its layers that multiply are not 2:4 sparse (3), neither linear nor" in said
     assert "SemiStructuredPruning makes weights 2:4 sparse" in said and "cuda half" in said
-    with pytest.raises(RuntimeFailed, match="of its 0 layers that multiply are none"):
+    with pytest.raises(RuntimeFailed, match="it has none that multiplies"):
         require_sparse({})
 
 

@@ -126,7 +126,7 @@ class PreparedGraph(PreparedCuda):
 
     def __init__(self, runtime: Cuda, model: nn.Module, example: Tensor, threads: int):
         super().__init__(runtime, model, example, threads)
-        self.tell("all kernels replayed as one CUDA graph")
+        self.tell("all kernels are replayed as one CUDA graph")
         self._graph = torch.cuda.CUDAGraph()
         with torch.inference_mode(), computing_in(self.precision):
             self._input = self.example.clone()  # a graph reads and writes the same memory every time

@@ -45,9 +45,9 @@ def sparse_refusals(model: nn.Module) -> dict[str, str]:
 
 def _refusal(layer: nn.Module) -> str:
     if layer._forward_pre_hooks or layer._forward_hooks:
-        return "rounding its inputs or otherwise hooked"
+        return "rounding their inputs or otherwise hooked"
     if type(layer) is not nn.Linear and not _is_pointwise(layer):
-        return "no linear layer or plain 1×1 convolution"
+        return "neither linear nor a plain 1×1 convolution"
     weight = layer.weight.detach().flatten(1)
     if not is_two_four(weight):
         return "not 2:4 sparse"
@@ -65,10 +65,11 @@ def require_sparse(refusals: dict[str, str]) -> None:
     """Raise RuntimeFailed that counts the reasons, unless at least one layer has a sparse kernel."""
     if "" in refusals.values():
         return
-    reasons = [f"{count} {reason}" for reason, count in Counter(refusals.values()).most_common()]
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(refusals.values()).most_common())
+    has = f"its layers that multiply are {reasons}" if reasons else "it has none that multiplies"
     raise RuntimeFailed(
-        f"No layer of this model can run on a 2:4 sparse kernel; of its {len(refusals)} layers that multiply are "
-        f"{', '.join(reasons) or 'none'}. SemiStructuredPruning makes weights 2:4 sparse; or run it on cuda half."
+        f"No layer of this model can run on a 2:4 sparse kernel: {has}. SemiStructuredPruning makes weights 2:4 sparse; "
+        "or run it on cuda half."
     )
 
 
