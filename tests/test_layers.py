@@ -236,16 +236,16 @@ def test_roofs_are_measured_once_and_then_remembered(monkeypatch):
     first = roofline()
     assert first.peaks["fp32"] > 0 and first.bandwidths["memory"] > 0
     module = sys.modules["workbench.profiler.roofline"]  # the package's attribute of that name is the function
-    monkeypatch.setattr(module, "measure_roofline", lambda threads: pytest.fail("measured again"))
+    monkeypatch.setattr(module, "measure_roofline", lambda threads, device: pytest.fail("measured again"))
     assert roofline() == first
 
 
 def test_roofs_of_the_day_before_are_measured_again(monkeypatch):
     first = roofline()
     module = sys.modules["workbench.profiler.roofline"]
-    os.utime(module._remembered_at(1), (0, time.time() - 25 * 3600))
+    os.utime(module._remembered_at(1, "cpu"), (0, time.time() - 25 * 3600))
     again = replace(first, peaks={"fp32": 1.0})
-    monkeypatch.setattr(module, "measure_roofline", lambda threads: iter([again]))
+    monkeypatch.setattr(module, "measure_roofline", lambda threads, device: iter([again]))
     monkeypatch.setattr(module.Path, "write_text", lambda *_, **__: None)  # the made-up roofs are not kept
     assert roofline() == again
 

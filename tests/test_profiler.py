@@ -313,7 +313,7 @@ def test_a_profile_is_plain_json_a_table_and_sentences(quantized_profile):
     assert str(found.environment) in str(found)
     assert found._repr_html_().startswith("<table>")
     if not torch.cuda.is_available():
-        assert "cuda: no GPU here." in text
+        assert "cuda, cuda tf32, cuda half, cuda bfloat16, cuda graph and cuda 2:4: no GPU here." in text
         with pytest.raises(KeyError, match="no GPU here"):
             found.run("cuda")
 

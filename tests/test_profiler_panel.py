@@ -41,7 +41,7 @@ def short(monkeypatch):
     monkeypatch.setattr(profiler, "SECONDS", 0.05)
     monkeypatch.setattr(profiler, "LAYER_CALLS", 10)
     monkeypatch.setattr(measure, "CALLS", 20)
-    monkeypatch.setattr(profiler, "growing_roofline", lambda threads: iter([ROOFS]))
+    monkeypatch.setattr(profiler, "growing_roofline", lambda threads, device: iter([ROOFS]))
     monkeypatch.setattr(profiler, "limits", lambda *args: None)
     said = lambda layer: Verdict(layer.name, "memory-bound", f"{layer.name} moves many bytes.", "Store fewer.")
     monkeypatch.setattr(profiler, "layer_verdicts", lambda model, x, times, known: [said(one) for one in times.layers])
@@ -260,7 +260,7 @@ def test_a_layer_too_quick_for_the_clock_has_a_row():
 
 def test_roofs_that_were_interrupted_are_measured_again(opened, monkeypatch):
     taken = []
-    monkeypatch.setattr(profiler, "growing_roofline", lambda threads: taken.append(threads) or iter([ROOFS]))
+    monkeypatch.setattr(profiler, "growing_roofline", lambda threads, device: taken.append(threads) or iter([ROOFS]))
     shown = opened()
     shown._whole_roofs.clear()  # as after Stop
     shown.controls["rank"].value = 0.3

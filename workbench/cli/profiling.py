@@ -35,6 +35,8 @@ def add_profile(commands):
     parser.add_argument("--runtime", action="append", help="measure on this runtime only; may be repeated")
     parser.add_argument("--threads", type=at_least_one, default=1, help="processor threads (default 1)")
     parser.add_argument("--calls", type=at_least_one, default=100, help="calls to time (default 100; 1000 give a p99)")
+    words = "overwrite a GPU's L2 cache before each of its calls, as if something else had run in between"
+    parser.add_argument("--flush-l2", action="store_true", help=words)
     add_split(parser)
     _add_sections(parser)
     _add_outputs(parser)
@@ -70,7 +72,12 @@ def run_profile(args) -> None:
     for path in filter(None, (args.json, args.html)):
         _require_folder(path)
     subject, baseline = _subjects(args)
-    how = {"runtimes": args.runtime, "batch": _batch(args, subject), "threads": _threads(args.threads)}
+    how = {
+        "flush_l2": args.flush_l2,
+        "runtimes": args.runtime,
+        "batch": _batch(args, subject),
+        "threads": _threads(args.threads),
+    }
     with Doing() as watch:
         report = investigate(subject, baseline, _sections(args), watch, calls=args.calls, split=args.split, **how)
     print(report)

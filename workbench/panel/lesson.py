@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,10 +31,12 @@ from workbench.panel.controls import View, _text, word
 from workbench.panel.measure import Point, difference, verdict_of
 from workbench.panel.pipeline import brief, made
 from workbench.panel.words import milliseconds, signed, speed, times
+from workbench.paths import shipped
 from workbench.profiler import Latency, Ratio, compare, environment, latencies
+from workbench.profiler.comparison import read_profiles
 from workbench.profiler.units import size
 from workbench.records import Record, pareto, read_records
-from workbench.runtimes import available_runtimes
+from workbench.runtimes import RUNTIMES, SPARSE_KERNEL, available_runtimes
 from workbench.surgery import clone, replace_layer, weighted_layers
 from workbench.technique import Technique
 from workbench.techniques import TECHNIQUES
@@ -301,6 +304,37 @@ def baseline(name: str) -> Record:
 
 def _technique(record: Record) -> type[Technique]:
     return next(one for one in TECHNIQUES if one.__name__ == record.technique)
+
+
+def gpu_records(path: Path | None = None) -> Markdown:
+    """Return the shipped profiles of a GPU as a table under its name and the day, or the words that there are none.
+
+    A cell holds milliseconds of one image, and images a second in a batch. The dense network is shown, and for the 2:4
+    kernels its sparse twin.
+    """
+    found = read_profiles(path or shipped("data", "records", "gpu.jsonl"))
+    if not found:
+        return say("No record of a GPU is shipped yet; `scripts/make_gpu_records.py` makes one where a GPU is.")
+    places = sorted({f"{one['environment']['gpu']}, {one['saved'][:10]}" for one in found})
+    shown = table({"network": one["name"], **_gpu_cells(one["runtimes"])} for one in found)
+    batch = found[0]["runtimes"][0]["throughput_batch"]
+    heading = f"Measured once, not on this machine: **{'; '.join(places)}**. One image, and in batches of {batch}."
+    return Markdown(f"{heading}\n\n{shown.data}")
+
+
+def _gpu_cells(rows: list[dict]) -> dict[str, str]:
+    """Return what was measured of a network by runtime: of the sparse twin where its kernels are sparse."""
+    timed = {row["runtime"]: row for row in rows}
+    return {one.name: _gpu_cell(timed.get(one.name)) for one in RUNTIMES if one.device == "cuda"}
+
+
+def _gpu_cell(row: dict | None) -> str:
+    if row is None:
+        return "—"
+    skips = any(kernel[2] == SPARSE_KERNEL for kernel in row["kernels"])
+    names = ("median_ms", "images_per_second")
+    ms, rate = (row[name if skips else f"baseline_{name}"] for name in names)
+    return f"{ms:.3f} ms, {rate:,.0f}/s"
 
 
 def say(text: str) -> Markdown:

@@ -179,7 +179,7 @@ def time_point(point: Point, baseline: Point, name: str, example: Tensor, thread
 def prepared_baseline(model: nn.Module, example: Tensor, name: str, threads: int = 1) -> Prepared:
     """Return the baseline made ready for a runtime, once for all panels that show this model."""
     key = ("panel", name, threads, tuple(example.shape))
-    return remembered(model, key, lambda: runtime(name).prepare(model, example, threads))
+    return remembered(model, key, lambda: runtime(name).for_baseline().prepare(model, example, threads))
 
 
 def best_fp32(model: nn.Module, example: Tensor, threads: int = 1) -> Iterator[Prepared | None]:

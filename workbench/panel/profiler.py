@@ -46,6 +46,15 @@ class Here(NamedTuple):
     def place(self) -> str:
         return measure.place_of(self.runtime, self.batch, self.threads)
 
+    @property
+    def device(self) -> str:
+        return runtime(self.runtime).device
+
+    @property
+    def roofs(self) -> int:
+        """What the roofs hang on: the number of threads, or 0 for those of the GPU."""
+        return self.threads if self.device == "cpu" else 0
+
 
 @dataclass
 class Look:
@@ -91,7 +100,7 @@ class ProfilerPanel(Panel):
             raise ValueError(f"threads is {threads}; this process may use 1 to {cores}.")
         self._begin = {"scenario": scenario, "batch": batch, "threads": threads}
         self._looks: dict[tuple, Look] = {}
-        self._roofs: dict[int, Roofline] = {}  # by the number of threads, as far as they are measured
+        self._roofs: dict[int, Roofline] = {}  # by `Here.roofs`, as far as they are measured
         self._whole_roofs: set[int] = set()
         super().__init__(technique, model, data, records=[], **options)
 
@@ -218,13 +227,13 @@ class ProfilerPanel(Panel):
 
     def _look_inside(self, point: Point, here: Here, stale) -> Steps:
         """Measure the roofs of this machine, once, and the layers of both models."""
-        if here.threads not in self._whole_roofs:
+        if here.roofs not in self._whole_roofs:
             self._progress("measuring", "measuring the roofs of this machine …", stale)
-            for roofs in growing_roofline(here.threads):
-                self._roofs[here.threads] = roofs
+            for roofs in growing_roofline(here.threads, here.device):
+                self._roofs[here.roofs] = roofs
                 self._tick("measuring", "measuring the roofs of this machine …", stale)
                 yield
-            self._whole_roofs.add(here.threads)
+            self._whole_roofs.add(here.roofs)
         for one in (self.baseline, point):
             look = self.look(one, here.place)
             if look.times is None and not look.why_not:
@@ -262,7 +271,7 @@ class ProfilerPanel(Panel):
 
     def _tiles_html(self) -> str:
         here, now, pinned = self.here, self.point, self.pinned
-        where = "GPU" if runtime(here.runtime).device == "cuda" else "CPU"
+        where = "GPU" if here.device == "cuda" else "CPU"
         made = [
             words.size_tile(now, self.baseline, pinned),
             words.accuracy_tile(now, self.baseline, pinned),
@@ -284,7 +293,7 @@ class ProfilerPanel(Panel):
         return words.layer_times_table(now.times, before.times, now.verdicts or []) + super()._table_html()
 
     def _draw_figure(self, name: str) -> None:
-        self.drawing.show(self._shown(self.baseline), self._shown(self.point), self._roofs.get(self.here.threads))
+        self.drawing.show(self._shown(self.baseline), self._shown(self.point), self._roofs.get(self.here.roofs))
 
     def _shown(self, one: Point | None) -> Shown:
         look, result = self.look(one), self._result(one)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -71,11 +71,32 @@ class Comparison:
 
 def save_profile(profile: Profile, path: str | os.PathLike, **sections: Any) -> Path:
     """Write a profile as JSON, whole or not at all, and return the path; `sections` are kept in it by their names."""
-    path = Path(path)
+    return _replaced(Path(path), json.dumps(profile_record(profile, **sections), indent=1) + "\n")
+
+
+def profile_record(profile: Profile, **sections: Any) -> dict[str, Any]:
+    """Return a profile as it is saved, with the time of saving; `sections` are kept in it by their names."""
     stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    found = {"format": FORMAT, "version": VERSION, "saved": stamp, **profile.to_dict(), **sections}
+    return {"format": FORMAT, "version": VERSION, "saved": stamp, **profile.to_dict(), **sections}
+
+
+def write_profiles(path: str | os.PathLike, records: Iterable[dict[str, Any]]) -> Path:
+    """Write several `profile_record`s, one a line, whole or not at all, and return the path."""
+    return _replaced(Path(path), "".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_profiles(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Return what `write_profiles` wrote, or [] where there is no such file; raises ValueError for another file."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    return [_checked(line, f"line {number} of {path}", path) for number, line in enumerate(lines, 1)]
+
+
+def _replaced(path: Path, text: str) -> Path:
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
     return path
 
@@ -83,15 +104,23 @@ def save_profile(profile: Profile, path: str | os.PathLike, **sections: Any) -> 
 def load_profile(path: str | os.PathLike) -> dict[str, Any]:
     """Read a profile that `save_profile` wrote; raises ValueError saying what is wrong with the file."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError:
+        text = ""
+    return _checked(text, str(path), path)
+
+
+def _checked(text: str, where: str, path: str | os.PathLike) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
         found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a saved profile; `workbench profile MODEL --json {path}` writes one.")
+        raise ValueError(f"{where} is not a saved profile; `workbench profile MODEL --json {path}` writes one.")
     if found.get("version") != VERSION:
-        raise ValueError(f"{path} is of version {found.get('version')}, this program reads {VERSION}; profile again.")
+        raise ValueError(f"{where} is of version {found.get('version')}, this program reads {VERSION}; profile again.")
     return found
 
 

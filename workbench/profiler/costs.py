@@ -66,13 +66,3 @@ def peak_activation_bytes(model: nn.Module, example: Tensor) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
-
-
-def peak_cuda_bytes(run, device: str = "cuda") -> int:
-    """Measure the most GPU memory that `run()` holds at a time beyond what was held before, from torch's allocator."""
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before

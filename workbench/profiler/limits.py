@@ -14,6 +14,7 @@ from torch import nn
 
 from workbench.profiler.layers import LayerTime, layer_times
 from workbench.profiler.roofline import Roofline, roofline
+from workbench.runtimes import runtime as named_runtime
 
 EMPTY = 32  # layers of each kind in the model that shows what starting one costs
 PLAIN = "ReLU"  # stands for every kind that has no weights
@@ -54,7 +55,9 @@ class Limits:
 @lru_cache(maxsize=8)
 def limits(runtime: str = "eager", threads: int = 1) -> Limits:
     """Measure what bounds layers on `runtime` here; quick from the second time on, the roofs from the first run on."""
-    return Limits(roofline(threads), _launch_ms(runtime, threads), runtime, threads)
+    one = named_runtime(runtime)
+    plain = one.for_baseline().name  # the empty layers are dense
+    return Limits(roofline(threads, one.device), _launch_ms(plain, threads), runtime, threads)
 
 
 def _launch_ms(runtime: str, threads: int) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Where compression wins time and where it loses: maps of ratios over two quantities, measured on this machine.
 
-Each cell times a compressed operation in turns with the plain one that it stands for, on kernels of torch and OpenVINO.
+Each cell times a compressed operation in turns with the plain one that it stands for, on kernels of torch and OpenVINO
+for the processor; there are none of a GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from workbench.profiler.timing import compare, latencies
+from workbench.profiler.units import counted
 from workbench.runtimes import Prepared, RuntimeFailed, runtime
 from workbench.weights import FakeQuantize, InputQuantizer, attach_input_quantizer, parametrize_weight
 
@@ -72,7 +74,9 @@ def sparse_map(
             rows = weight.to_sparse_csr()
         return Call(lambda: rows @ inputs, batch, threads), Call(lambda: dense @ inputs, batch, threads), 1.0
 
-    what = f"A linear layer of {size}×{size} whose smallest weights are zero, as CSR and dense, both in torch."
+    what = (
+        f"A linear layer of {size}×{size} whose smallest weights are zero, as CSR and dense, in torch on the processor."
+    )
     return _grown("Zeros: sparse rows against dense", ("zeros", sparsities), ("images a call", batches), what, contest)
 
 
@@ -87,7 +91,8 @@ def low_rank_map(
         factors = Call(lambda: inputs @ left @ right, batch, threads)
         return factors, Call(lambda: inputs @ whole, batch, threads), 1.0
 
-    what = f"Linear layers as two factors and as one matrix, {batch} image{'s' if batch > 1 else ''} a call, in torch."
+    images = counted(batch, "image")
+    what = f"Linear layers as two factors and as one matrix, {images} a call, in torch on the processor."
     return _grown("Low rank: two factors against one matrix", ("rank", ranks), ("size", sizes), what, contest)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from workbench.profiler.costs import peak_activation_bytes, peak_cuda_bytes
+from workbench.profiler.costs import peak_activation_bytes
 from workbench.profiler.timing import undisturbed, warm_up
 from workbench.profiler.units import size
 from workbench.runtimes import Prepared, bake
@@ -36,7 +36,8 @@ class Memory:
     `weights_bytes`: the model's parameters and buffers as plain tensors. `activations_bytes`: the most that one eager
     forward of the batch holds at a time, without weights and input, from the allocator. `resident_bytes`: the process's
     resident size by stage, in order: "before", "prepared" and "peak while running". It counts Python and the libraries
-    too, and is empty where the system does not tell. `cuda_bytes`: the GPU allocator's peak during a run, on a GPU.
+    too, and is empty where the system does not tell. `cuda_bytes`: the GPU allocator's peak during a run, on a GPU;
+    where a CUDA graph runs, that during its capture, for the graph holds it from then on.
     """
 
     runtime: str
@@ -105,7 +106,7 @@ def memory(model: nn.Module, example: Tensor, runtime: str = "eager", threads: i
         weights_bytes=sum(t.numel() * t.element_size() for t in (*plain.parameters(), *plain.buffers())),
         activations_bytes=peak_activation_bytes(model, example),
         resident_bytes={stage: count for stage, count in stages.items() if count is not None},
-        cuda_bytes=peak_cuda_bytes(prepared.run) if prepared.device == "cuda" else None,
+        cuda_bytes=prepared.peak_bytes() if prepared.device == "cuda" else None,
     )
 
 

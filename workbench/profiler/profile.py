@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from workbench.artifact import ledger
 from workbench.data import Data, Split
-from workbench.profiler.costs import LayerCost, layer_costs, peak_activation_bytes, peak_cuda_bytes
+from workbench.profiler.costs import LayerCost, layer_costs, peak_activation_bytes
 from workbench.profiler.environment import environment
 from workbench.profiler.report import Measures, Profile, Run
 from workbench.profiler.room import bytes_for, require_room, room_for
 from workbench.profiler.scenarios import repeated
 from workbench.profiler.timing import Latency, measure
 from workbench.runtimes import RUNTIMES, ModelFile, Prepared, Runtime, RuntimeFailed, runtime, steady_outputs
+from workbench.runtimes.cuda import Cuda
 from workbench.surgery import clone
 from workbench.training import predictions
 from workbench.weights import sparsity
@@ -48,16 +49,18 @@ def profile(
     calls: int = 100,
     throughput_batch: int = 64,
     watch: Progress | None = None,
+    flush_l2: bool = False,
 ) -> Profile:
     """Measure `model`, and `baseline` in turns with it, on every runtime of this machine or on those named.
 
-    `data` is a Data, or one example batch, float (B, C, H, W); accuracy is counted on `split` of a Data,
-    for a file by the first runtime that runs it. Where a model
-    does not take `throughput_batch` images, throughput is that of `batch`. Raises ValueError for wrong arguments and
-    RuntimeFailed if the model fails, or no runtime can run it, or the batch has no room; `watch(message, fraction)`.
+    `data` is a Data, or one example batch, float (B, C, H, W); accuracy is counted on `split` of a Data, for a file by
+    the first runtime that runs it. Where a model does not take `throughput_batch` images, throughput is that of
+    `batch`. `flush_l2` overwrites a GPU's L2 cache before each call there, as if something else had run in between.
+    Raises ValueError for wrong arguments and RuntimeFailed if the model fails, or no runtime can run it, or the batch
+    has no room; `watch(message, fraction)`.
     """
     watch = watch or (lambda message, fraction: None)
-    chosen = _chosen(runtimes)
+    chosen = [one.flushing() if flush_l2 and isinstance(one, Cuda) else one for one in _chosen(runtimes)]
     models, image = [model] if baseline is None else [model, baseline], _example(data, 1)
     needed = max(_needed(one, image) for one in models)
     require_room(needed, batch)
@@ -190,17 +193,22 @@ def _prepare_all(models, chosen, example, large, threads, watch) -> tuple[list[_
             failed[one.name] = f"{one.name}: {why_not}."
             continue
         try:
-            single = [one.prepare(model, example, threads) for model in models]
+            single = _ready(one, models, example, threads)
             contests.append(_Contest(one, single, _many(one, models, large, threads) or single))
         except RuntimeFailed as error:
             failed[one.name] = str(error)
     return contests, failed
 
 
+def _ready(one: Runtime, models, example: Tensor, threads: int) -> list[Prepared]:
+    """Return the model prepared by its runtime and, where there is one, the baseline by the runtime for baselines."""
+    return [way.prepare(model, example, threads) for way, model in zip((one, one.for_baseline()), models, strict=False)]
+
+
 def _many(one: Runtime, models, large: Tensor, threads: int) -> list[Prepared]:
     """Return the models prepared for a large batch, or nothing where one of them takes its own batch only."""
     try:
-        return [one.prepare(model, large, threads) for model in models]
+        return _ready(one, models, large, threads)
     except RuntimeFailed:
         return []
 
@@ -226,5 +234,5 @@ def _run(contest: _Contest, single: list[Latency], many: list[Latency]) -> Run:
         throughput=many[0],
         baseline=single[1] if len(single) > 1 else None,
         baseline_throughput=many[1] if len(many) > 1 else None,
-        peak_cuda_bytes=peak_cuda_bytes(own.run) if own.device == "cuda" else None,
+        peak_cuda_bytes=own.peak_bytes() if own.device == "cuda" else None,
     )

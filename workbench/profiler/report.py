@@ -180,6 +180,7 @@ class Profile:
         ratios = {"ratio": run.ratio, "ratio_to_best_fp32": self.ratio_to_best(run), "throughput": run.throughput_ratio}
         return {
             **self._row(run),
+            "baseline_images_per_second": run.baseline_throughput and run.baseline_throughput.images_per_second,
             "note": run.note,
             "difference_from_eager": run.difference,
             "kernels": [list(kernel) for kernel in run.kernels],

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from workbench.profiler.environment import environment
+from workbench.profiler.gpu import cuda_rates, l2_bytes
 from workbench.profiler.layers import LayerTimes
 from workbench.runtimes import threads as using_threads
 
@@ -33,9 +34,10 @@ KEPT_S = 24 * 3600  # then they are measured again, for the machine may have bee
 class Roofline:
     """Highest rates seen on this machine; a multiply-add counts as two operations.
 
-    `peaks`: 10⁹ operations a second by precision, "fp32", "bf16", "int8" (those that ran). `bandwidths`: 10⁹ bytes a
-    second read, by the level that holds the data, "L1", "L2", "L3", "memory" (those that are known). `tried`: each
-    measurement that the maxima were taken from, in words, with its rate. `holds`: bytes that each cache holds.
+    `peaks`: 10⁹ operations a second by precision, "fp32", "bf16", "int8" (those that ran), on a GPU "fp32", "tf32",
+    "fp16", "bf16". `bandwidths`: 10⁹ bytes a second read, on a GPU read or written, by the level that holds the data,
+    "L1", "L2", "L3", "memory" (those that are known). `tried`: each measurement that the maxima were taken from, in
+    words, with its rate. `holds`: bytes that each cache holds. `device`: "cpu" or "cuda".
     """
 
     peaks: dict[str, float]
@@ -44,6 +46,7 @@ class Roofline:
     machine: str
     tried: dict[str, float]
     holds: dict[str, int] = field(default_factory=dict)
+    device: str = "cpu"
 
     def attainable(self, intensity: float, precision: str = "fp32", level: str = "memory") -> float:
         """Return the 10⁹ operations a second under both roofs at `intensity` operations a byte."""
@@ -83,28 +86,33 @@ def points(times: LayerTimes) -> list[RooflinePoint]:
     ]
 
 
-def measure_roofline(threads: int = 1) -> Iterator[Roofline]:
-    """Measure the roofs with torch's own kernels, in a few seconds; yield what is known after each measurement."""
-    peaks, bandwidths, tried, holds = {}, {}, {}, cache_sizes()
-    for rates, key, words, rate in _rates(threads, holds, peaks, bandwidths):
-        rates[key] = max(rate, rates.get(key, 0.0))
+def measure_roofline(threads: int = 1, device: str = "cpu") -> Iterator[Roofline]:
+    """Measure the roofs with torch's own kernels, in a few seconds; yield what is known after each measurement.
+
+    `device` "cuda" measures the GPU; raises RuntimeFailed where there is none.
+    """
+    tables, tried = {"peak": {}, "bandwidth": {}}, {}
+    holds = {"L2": l2_bytes()} if device == "cuda" else cache_sizes()
+    for kind, key, words, rate in cuda_rates(holds["L2"]) if device == "cuda" else _rates(threads, holds):
+        tables[kind][key] = max(rate, tables[kind].get(key, 0.0))
         tried[words] = rate
-        yield Roofline(dict(peaks), dict(bandwidths), threads, str(environment()), dict(tried), holds)
+        peaks, bandwidths = (dict(table) for table in tables.values())
+        yield Roofline(peaks, bandwidths, threads, str(environment()), dict(tried), holds, device)
 
 
-def _rates(threads: int, holds: dict[str, int], peaks: dict, bandwidths: dict) -> Iterator[tuple]:
-    """Yield (table, key, what was measured, 10⁹ operations or bytes a second)."""
+def _rates(threads: int, holds: dict[str, int]) -> Iterator[tuple]:
+    """Yield ("peak" or "bandwidth", its key, what was measured, 10⁹ operations or bytes a second)."""
     for precision, dtype in PRECISIONS.items():
         for size in SIZES:
             product = _product(size, dtype)
             if product is not None:
                 rate = 2 * size**3 / _quickest_s(product, threads) / 1e9
-                yield peaks, precision, f"{precision} product of {size}×{size} matrices", rate
+                yield "peak", precision, f"{precision} product of {size}×{size} matrices", rate
     outermost = max(holds.values(), default=0)
     memory = min(MOST_BYTES, max(MEMORY_BYTES, 2 * outermost))
     for level, nbytes in [*_inside(holds), ("memory", memory)]:
         rate = _reading(nbytes, threads)
-        yield bandwidths, level, f"sum of {nbytes // 1024:,} KiB", rate
+        yield "bandwidth", level, f"sum of {nbytes // 1024:,} KiB", rate
 
 
 def _product(size: int, dtype: torch.dtype) -> Callable | None:
@@ -161,22 +169,25 @@ def cache_sizes(folder: str = "/sys/devices/system/cpu/cpu0/cache") -> dict[str,
     return sizes
 
 
-def roofline(threads: int = 1) -> Roofline:
-    """Return the roofs of this machine: measured, then remembered for a day in the user's cache folder."""
-    *_, found = growing_roofline(threads)
+def roofline(threads: int = 1, device: str = "cpu") -> Roofline:
+    """Return the roofs of this machine: measured, then remembered for a day in the user's cache folder.
+
+    `device` "cuda" means the GPU's; raises RuntimeFailed where there is none.
+    """
+    *_, found = growing_roofline(threads, device)
     return found
 
 
-def growing_roofline(threads: int = 1) -> Iterator[Roofline]:
+def growing_roofline(threads: int = 1, device: str = "cpu") -> Iterator[Roofline]:
     """Yield the remembered roofs of this machine at once, or what is known of them after each measurement."""
-    path = _remembered_at(threads)
+    path = _remembered_at(threads, device)
     try:
         if time.time() - path.stat().st_mtime < KEPT_S:
             yield Roofline(**json.loads(path.read_text(encoding="utf-8")))
             return
     except (OSError, ValueError, TypeError):  # not measured yet, or by an older version
         pass
-    for found in measure_roofline(threads):
+    for found in measure_roofline(threads, device):
         yield found
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,9 +196,10 @@ def growing_roofline(threads: int = 1) -> Iterator[Roofline]:
         pass  # a folder that cannot be written only means measuring again
 
 
-def _remembered_at(threads: int) -> Path:
+def _remembered_at(threads: int, device: str) -> Path:
     from platformdirs import user_cache_path
 
     here = environment()
     machine = [here.processor, *here.features, here.cores, here.versions.get("torch"), threads]
+    machine += [here.gpu] if device == "cuda" else []
     return user_cache_path("workbench") / f"roofline-{hashlib.sha256(repr(machine).encode()).hexdigest()[:16]}.json"

@@ -1,7 +1,7 @@
 """Software first: the same fp32 model made faster without compressing it, so that compression meets its best rival.
 
-Each way is a `Runtime` of its own, timed in turns with plain torch eager. BatchNorm is folded into the convolution
-before it as in Jacob et al. (2018), arXiv:1712.05877, section 3.2, by torch.fx.
+Each way is a `Runtime` of its own, timed in turns with plain torch eager, or on a GPU with plain torch there. BatchNorm
+is folded into the convolution before it as in Jacob et al. (2018), arXiv:1712.05877, section 3.2, by torch.fx.
 """
 
 from __future__ import annotations
@@ -123,6 +123,13 @@ WAYS: tuple[tuple[Runtime, str], ...] = (
     (OpenVINOBFloat16("openvino bf16", "bf16"), "the same, allowed to compute in bf16"),
     (OnnxRuntime(), "Microsoft's inference engine in fp32"),
 )
+GPU_WAYS: tuple[tuple[Runtime, str], ...] = (
+    (runtime("cuda"), "torch as it is on the GPU, one kernel after another"),
+    (runtime("cuda tf32"), "products of fp32 numbers rounded to 10 bits"),
+    (runtime("cuda half"), "numbers of 16 bits, a fraction of 10"),
+    (runtime("cuda bfloat16"), "numbers of 16 bits, a fraction of 7"),
+    (runtime("cuda graph"), "fp16, all kernels launched at once"),
+)
 SLOW_WAY = (Compiled("torch.compile", PLAIN), "C++ written and compiled for this model")
 
 
@@ -133,15 +140,17 @@ def software_first(
     calls: int = 100,
     budget_s: float | None = None,
     slow: bool = False,
+    device: str = "cpu",
 ) -> Iterator[list[SoftwareRow]]:
     """Try each way to run `model` on `example`, float (B, C, H, W), and yield the table so far as it fills.
 
     The last rows run plain eager and OpenVINO on all cores that this process may use, where those are more than
-    `threads`. `slow` tries `torch.compile` too, which may take minutes to prepare. `calls` and `budget_s` are those of
-    `measure`. Raises RuntimeFailed where plain eager itself cannot run the model.
+    `threads`. `slow` tries `torch.compile` too, which may take minutes to prepare. With the `device` "cuda" the ways
+    are those of a GPU, and the first is fp32 there. `calls` and `budget_s` are those of `measure`. Raises RuntimeFailed
+    where the first way itself cannot run the model.
     """
     rows, prepared = [], []
-    for way, what, count in _ways(threads, slow):
+    for way, what, count in _ways(threads, slow, device):
         name = way.name if count == threads else f"{way.name}, {count} threads"
         try:
             prepared.append(way.prepare(model, example, count))
@@ -165,8 +174,11 @@ def best(rows: Sequence[SoftwareRow]) -> SoftwareRow:
     return min(same, key=lambda row: row.latency.median_ms)
 
 
-def _ways(threads: int, slow: bool) -> Iterator[tuple[Runtime, str, int]]:
+def _ways(threads: int, slow: bool, device: str) -> Iterator[tuple[Runtime, str, int]]:
     """Yield (runtime, what it is, number of threads)."""
+    if device == "cuda":
+        yield from ((way, what, threads) for way, what in GPU_WAYS)
+        return
     yield from ((way, what, threads) for way, what in (*WAYS, *((SLOW_WAY,) if slow else ())))
     cores = allowed_cores()
     if cores > threads:

@@ -18,7 +18,7 @@ from workbench.profiler.layers import LayerTime, LayerTimes, layer_times
 from workbench.profiler.limits import Limits, limits
 from workbench.profiler.timing import Latency, Ratio, compare, latencies
 from workbench.profiler.units import counted, duration, listed, size, times
-from workbench.runtimes import Kernel, bake
+from workbench.runtimes import SPARSE_KERNEL, Kernel, bake
 from workbench.runtimes import runtime as named_runtime
 from workbench.surgery import clone, weighted_layers
 from workbench.weights import rounded_bits
@@ -132,6 +132,9 @@ def _faster(ratio: Ratio, now: Taken, baseline: Taken) -> Verdict:
     precision = now.latency.precision
     if fewer > FEWER:
         reason = f", for {times(fewer)} fewer multiply-adds"
+    elif SPARSE_KERNEL in (kernel.implementation for kernel in now.kernels):
+        skipping = sum(kernel.implementation == SPARSE_KERNEL for kernel in now.kernels)
+        reason = f": {skipping} of {counted(len(now.kernels), 'layer')} run {SPARSE_KERNEL} kernels"
     elif precision != baseline.latency.precision:
         reason = f": its kernels compute in {precision}, the baseline's in {baseline.latency.precision}"
     else:
@@ -148,7 +151,8 @@ def _missing_kernels(now: Taken, baseline: Taken) -> Iterator[tuple[str, str, st
             yield _not_integer(fewest, now.integer_inputs, runtime, counted(len(slow), "layer"))
         elif fewest < 8:
             yield _too_few_bits(fewest, runtime)
-    if now.zeros - baseline.zeros > MANY_ZEROS and now.macs * FEWER >= baseline.macs:
+    skips = any(kernel.implementation == SPARSE_KERNEL for kernel in now.kernels)
+    if not skips and now.zeros - baseline.zeros > MANY_ZEROS and now.macs * FEWER >= baseline.macs:
         yield _unused_zeros(now.zeros, runtime)
 
 
@@ -262,7 +266,7 @@ def _missing_kernel(layer: LayerTime, body: nn.Module, runtime: str) -> tuple[st
         return _not_integer(bits, hasattr(body, "input_quantizer"), runtime, "them")
     if bits < 8:
         return _too_few_bits(bits, runtime)
-    return _unused_zeros(zeros, runtime) if zeros > MANY_ZEROS else None
+    return _unused_zeros(zeros, runtime) if zeros > MANY_ZEROS and layer.kernel != SPARSE_KERNEL else None
 
 
 def _limit(layer: LayerTime, found: LayerTimes, known: Limits) -> Verdict:
@@ -296,7 +300,8 @@ def _width_verdict(layer: LayerTime, body: nn.Module, inputs: tuple[int, ...], f
     if even is None:
         return None
     fewer = body.weight.numel() / even.weight.numel()
-    prepare = lambda one: named_runtime(found.runtime).prepare(one, torch.zeros(_inputs_of(one, inputs)), found.threads)
+    way = named_runtime(found.runtime).for_baseline()  # no kernel for zeros takes an odd width
+    prepare = lambda one: way.prepare(one, torch.zeros(_inputs_of(one, inputs)), found.threads)
     quick, slow = latencies([prepare(even), prepare(body)], budget_s=1.0)
     ratio = compare(quick, slow)
     if not ratio.interval[0] > STEP * fewer:
@@ -376,7 +381,8 @@ def _adjective(kind: str) -> str:
 
 def _versus(model, example, baseline, runtime: str, threads: int, known: Limits, each: list[Verdict]) -> Verdict:
     """Time a model and its baseline in turns and judge the whole."""
-    prepared = [named_runtime(runtime).prepare(one, example, threads) for one in (model, baseline)]
+    way = named_runtime(runtime)
+    prepared = [way.prepare(model, example, threads), way.for_baseline().prepare(baseline, example, threads)]
     taken = [
         Taken.of(one, latency, layer_costs(one, example), ready.kernels)
         for one, latency, ready in zip((model, baseline), latencies(prepared, budget_s=3.0), prepared, strict=True)

@@ -22,7 +22,7 @@ def sentences(profile: Profile) -> list[str]:
         *(sentence for run in profile.runs for sentence in _about_run(profile, run)),
         *_about_memory(profile),
         *_why_not(profile),
-        *(profile.failed.values()),
+        *_about_failed(profile),
     ]
 
 
@@ -58,14 +58,27 @@ def _about_run(profile: Profile, run: Run) -> Iterator[str]:
     noisy = " The machine was not quiet meanwhile, so take these times with care." if run.latency.noisy else ""
     text = f"{run.runtime} computes in {run.latency.precision} and takes {run.latency}"
     if run.ratio is not None:
-        text += f", {_against(run.ratio, 'the baseline there')}"
+        there = "there" if run.baseline.runtime == run.runtime else f"on {run.baseline.runtime}"
+        text += f", {_against(run.ratio, f'the baseline {there}')}"
         best = profile.best_fp32(run.device)
         if best is not None and best.runtime != run.runtime:
             rival = f"the baseline on {best.runtime}, its best fp32 runtime"
             text += f", and {_against(profile.ratio_to_best(run), rival)}"
     yield f"{text}.{noisy}"
+    if run.device == "cuda" and run.note:
+        yield f"On {run.runtime} {run.note}."
     if run.difference is not None and run.difference > 0.05:
         yield f"{run.runtime} gives outputs up to {100 * run.difference:.0f} % of the largest one away from torch's."
+
+
+def _about_failed(profile: Profile) -> Iterator[str]:
+    """Say why runtimes did not run, those that lack the same thing in one sentence."""
+    names: dict[str, list[str]] = {}
+    for name, why_not in profile.failed.items():
+        names.setdefault(why_not.removeprefix(f"{name}: "), []).append(name)
+    for why_not, same in names.items():
+        said = profile.failed[same[0]]
+        yield f"{listed(same)}: {why_not}" if said != why_not else said
 
 
 def _against(ratio, rival: str) -> str:

@@ -27,7 +27,7 @@ from workbench.profiler.roofline import Roofline, roofline
 from workbench.profiler.scenarios import repeated
 from workbench.profiler.verdicts import Verdict, verdicts
 from workbench.reports.words import text
-from workbench.runtimes import ModelFile, RuntimeFailed, runtime
+from workbench.runtimes import ModelFile, Runtime, RuntimeFailed, runtime
 from workbench.runtimes.base import cause
 from workbench.runtimes.layers import SHOW_LAYERS
 from workbench.subjects import Subject
@@ -158,6 +158,10 @@ class _Case:
     seconds: float
 
     @property
+    def way(self) -> Runtime:
+        return runtime(self.runtime)
+
+    @property
     def example(self):
         return repeated(self.subject.example, self.batch)
 
@@ -181,13 +185,14 @@ Changes = Iterator[tuple[str, dict[str, Any]]]
 def _layers(case: _Case, report: Report) -> Changes:
     yield "timing each layer", {}
     for role, model in case.models.items():
-        times = layer_times(model, case.example, case.runtime, case.threads)
+        way = case.way if role == "now" else case.way.for_baseline()
+        times = layer_times(model, case.example, way.name, case.threads)
         yield "timing each layer", {"layers" if role == "now" else "baseline_layers": times}
 
 
 def _roofline(case: _Case, report: Report) -> Changes:
     yield "measuring this machine's roofs, once", {}
-    yield "roofs", {"roofline": roofline(case.threads)}
+    yield "roofs", {"roofline": roofline(case.threads, case.way.device)}
 
 
 def _verdicts(case: _Case, report: Report) -> Changes:
@@ -205,7 +210,8 @@ def _scenarios(case: _Case, report: Report) -> Changes:
 
 def _sweep(case: _Case, report: Report) -> Changes:
     yield "preparing batches", {}
-    counts = sorted({1, case.threads, report.profile.environment.cores})
+    cores = report.profile.environment.cores
+    counts = sorted({1, case.threads, cores}) if case.way.device == "cpu" else [case.threads]
     example_of = lambda batch: repeated(case.subject.example, batch)
     for points in sweep_batches(case.subject.model, example_of, case.runtime, threads=counts, budget_s=10.0):
         yield "sweeping batch and threads", {"sweep": tuple(points)}
@@ -214,14 +220,16 @@ def _sweep(case: _Case, report: Report) -> Changes:
 def _software(case: _Case, report: Report) -> Changes:
     model = next(iter(case.models.values()))  # the uncompressed one, where there are two
     yield "trying software alone", {}
-    for rows in software_first(model, case.example, case.threads):
+    for rows in software_first(model, case.example, case.threads, device=case.way.device):
         yield "trying software alone", {"software": tuple(rows)}
 
 
 def _memory(case: _Case, report: Report) -> Changes:
     yield "weighing memory", {}
     if not case.has_files:  # what torch's allocator tells
-        found = {role: memory(model, case.example) for role, model in case.models.items()}
+        ways = {role: case.way if role == "now" else case.way.for_baseline() for role in case.models}
+        on = {role: way.name if way.device == "cuda" else "eager" for role, way in ways.items()}
+        found = {role: memory(model, case.example, on[role]) for role, model in case.models.items()}
         yield "reading energy counters", {"memory": found}
     prepared = runtime(case.runtime).prepare(case.subject.model, case.example, case.threads)
     yield "energy", {"energy": energy(prepared, case.seconds)}

@@ -153,8 +153,11 @@ def map_table(found: WinLoseMap) -> Table:
 def roof_table(report: Report) -> Table:
     """Return one row for each roof, as it was measured."""
     roofs = report.roofline
+    moved = "copied" if roofs.device == "cuda" else "read"
     rows = [(f"{name} products", peak, "billion operations a second") for name, peak in roofs.peaks.items()]
-    return ("roof", "measured", "unit"), rows + [(f"{n} read", b, "GB a second") for n, b in roofs.bandwidths.items()]
+    return ("roof", "measured", "unit"), rows + [
+        (f"{n} {moved}", b, "GB a second") for n, b in roofs.bandwidths.items()
+    ]
 
 
 # --- blocks of text -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The same model made to run: torch eager in two memory layouts, OpenVINO, ONNX Runtime, and an NVIDIA GPU.
+"""The same model made to run: torch eager in two memory layouts, OpenVINO, ONNX Runtime, and six ways of an NVIDIA GPU.
 
 A runtime prepares a copy of a model for one input shape. What comes back runs, and says which precision its kernels
 really compute in: a model that was quantized to 8 bits is not thereby an 8-bit computation.
@@ -7,19 +7,25 @@ really compute in: a model that was quantized to 8 bits is not thereby an 8-bit 
 import torch
 
 from workbench.runtimes.base import MEASURING, Kernel, Prepared, Runtime, RuntimeFailed, steady_outputs, threads
-from workbench.runtimes.cuda import Cuda
+from workbench.runtimes.cuda import AMPERE, Cuda, CudaGraph
 from workbench.runtimes.eager import Eager, bake, is_fake_quantized
 from workbench.runtimes.files import ModelFile, is_model_file, read_model_file
 from workbench.runtimes.onnx import OnnxRuntime
 from workbench.runtimes.openvino import OpenVINO
+from workbench.runtimes.sparse import SPARSE_KERNEL, CudaSparse
 
+_HALF = Cuda("cuda half", torch.float16)
 RUNTIMES: tuple[Runtime, ...] = (
     Eager("eager", torch.contiguous_format),
     Eager("eager channels-last", torch.channels_last),
     OpenVINO(),
     OnnxRuntime(),
-    Cuda("cuda", half=False),
-    Cuda("cuda half", half=True),
+    Cuda("cuda", torch.float32),
+    Cuda("cuda tf32", torch.float32, "tf32", needs=AMPERE),
+    _HALF,
+    Cuda("cuda bfloat16", torch.bfloat16, needs=AMPERE),
+    CudaGraph("cuda graph", torch.float16),
+    CudaSparse("cuda 2:4", _HALF),
 )
 
 
@@ -39,6 +45,7 @@ def available_runtimes() -> list[Runtime]:
 __all__ = [
     "MEASURING",
     "RUNTIMES",
+    "SPARSE_KERNEL",
     "Kernel",
     "ModelFile",
     "Prepared",

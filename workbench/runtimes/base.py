@@ -105,6 +105,10 @@ class Runtime:
         """Return (True, "") or (False, why not)."""
         return True, ""
 
+    def for_baseline(self) -> Runtime:
+        """Return the runtime on which a baseline is measured: this one, unless it takes only compressed models."""
+        return self
+
     def prepare(self, model: nn.Module | ModelFile, example: Tensor, threads: int = 1) -> Prepared:
         """Return a copy of `model` made ready for inputs shaped like `example`; raises RuntimeFailed saying why not.
 

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from workbench.runtimes.base import Prepared, RuntimeFailed
 from workbench.runtimes.base import threads as using_threads
-from workbench.runtimes.cuda import PreparedCuda
+from workbench.runtimes.cuda import PreparedCuda, PreparedGraph
 from workbench.runtimes.eager import DTYPES, PreparedEager
 from workbench.runtimes.files import ModelFile
 from workbench.runtimes.onnx import Node, OnnxRuntime, PreparedOnnxRuntime
 from workbench.runtimes.openvino import PreparedOpenVINO, executed
+from workbench.runtimes.sparse import SPARSE_KERNEL, SparseLayer
 from workbench.surgery import clone, model_class, weighted_layers
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
@@ -68,6 +69,10 @@ class Instrumented(Prepared):
 
 def instrumented(prepared: Prepared) -> Instrumented:
     """Return a copy of `prepared` that times its layers; raises RuntimeFailed if its runtime does not show them."""
+    if isinstance(prepared, PreparedGraph):
+        raise RuntimeFailed(
+            f"{prepared.runtime} launches all layers as one and cannot tell them apart; choose cuda half."
+        )
     if isinstance(prepared, PreparedEager):
         return InstrumentedTorch(prepared)
     if isinstance(prepared, PreparedOpenVINO):
@@ -88,9 +93,11 @@ class InstrumentedTorch(Instrumented):
         self.model = clone(prepared.model)
         layers = dict(layers_inside(self.model))
         self.parts = tuple(parts_of(self.model, self.example))
+        if prepared.precision == "tf32":  # which is how fp32 numbers are multiplied, so that no weight tells of it
+            self.parts = tuple(replace(part, precision="tf32") if part.macs else part for part in self.parts)
         self._marks: list[tuple[int, object, object]] = []
         self._rows: list[np.ndarray] = []
-        self._event = isinstance(prepared, PreparedCuda)
+        self._gpu = prepared if isinstance(prepared, PreparedCuda) else None
         for index, part in enumerate(self.parts):
             self._wrap(index, layers[part.name])
 
@@ -106,7 +113,7 @@ class InstrumentedTorch(Instrumented):
         layer.forward = timed_forward
 
     def _now(self):
-        if not self._event:
+        if self._gpu is None:
             return time.perf_counter_ns()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -114,10 +121,10 @@ class InstrumentedTorch(Instrumented):
 
     def run(self) -> None:
         self._marks.clear()
-        PreparedCuda.timed(self) if self._event else PreparedEager.run(self)
+        PreparedEager.run(self) if self._gpu is None else self._gpu.time(lambda: self.model(self.example))
         row = np.zeros(len(self.parts))
         for index, start, end in self._marks:
-            row[index] += start.elapsed_time(end) if self._event else (end - start) / 1e6
+            row[index] += (end - start) / 1e6 if self._gpu is None else start.elapsed_time(end)
         self._rows.append(row)
 
     def timed(self) -> float:
@@ -167,6 +174,8 @@ def parts_of(model: nn.Module, example: Tensor) -> list[Part]:
 
 
 def _macs(layer: nn.Module, output) -> int:
+    if isinstance(layer, SparseLayer):
+        return layer.inputs * output.numel()
     if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and isinstance(output, Tensor):
         return layer.weight[0].numel() * output.numel()
     return 0
@@ -179,6 +188,8 @@ def _nbytes(values) -> int:
 
 
 def _torch_part(name: str, layer: nn.Module, macs: int, activations: int) -> Part:
+    if isinstance(layer, SparseLayer):
+        return Part(name, layer.kind, macs, layer.weight_bytes, activations, "fp16", SPARSE_KERNEL)
     held = list(layer.parameters())
     weights = sum(p.nbytes for p in held)
     computes = DTYPES.get(held[0].dtype, str(held[0].dtype)) if held else "fp32"

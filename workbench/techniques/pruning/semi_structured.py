@@ -10,12 +10,13 @@ input channels at one place of the kernel. Inputs that do not fill a group of M 
 with at most N inputs loses nothing.
 
 When it helps: half of the weights at little cost in accuracy, less than with whole channels, and an index that costs
-fewer bits than that of free zeros. On NVIDIA GPUs from Ampere on, 2:4 in half precision or int8 can run on sparse
-tensor cores.
+fewer bits than that of free zeros. On NVIDIA GPUs from Ampere on, 2:4 in half precision can run on sparse tensor
+cores: the runtime `cuda 2:4` does so for linear layers and 1×1 convolutions whose widths are multiples of 16.
 
-When it does not: everywhere else. Only sparse tensor cores run it faster; a CPU gains nothing but bytes, since its
-dense kernels multiply zeros like anything else, and the workbench's own runtimes are dense. At the same sparsity,
-magnitude pruning without the pattern keeps more accuracy. N:M other than 2:4 (and 1:2 in float32) has no hardware.
+When it does not: everywhere else. Only sparse tensor cores run it faster, and small layers and batches gain nothing
+there either (pytorch/pytorch#111339); a CPU gains nothing but bytes, since its dense kernels multiply zeros like
+anything else. At the same sparsity, magnitude pruning without the pattern keeps more accuracy. N:M other than 2:4 (and
+1:2 in float32) has no hardware.
 
 Sources: Mishra et al., 2021, arXiv:2104.08378; Zhou et al., 2021, arXiv:2102.04010.
 """
