@@ -104,13 +104,15 @@ def repeated_medians(name: str, prepared: Prepared, calls: int) -> Finding:
 
 
 def agreement(prepared: Prepared) -> float:
-    """Return our median by that of `torch.utils.benchmark`, of single calls in turns; NaN if all were disturbed."""
+    """Return the median of our time by that of `torch.utils.benchmark` over single calls taken in turns.
+
+    Turns in which another process had the processor do not count; NaN if that were all.
+    """
     timer = benchmark.Timer("run()", globals={"run": prepared.run}, num_threads=prepared.threads)
     third = lambda: [prepared.timed() for _ in range(3)][-1]  # theirs makes two calls first that are not counted
     theirs, ours = _in_turns(prepared, lambda: timer.timeit(1), third)
-    if not ours:
-        return math.nan
-    return statistics.median(ours) / (1000 * benchmark.Measurement.merge(theirs)[0].median)
+    ratios = [own / (1000 * other.median) for own, other in zip(ours, theirs, strict=True)]
+    return statistics.median(ratios or [math.nan])
 
 
 def overhead(prepared: Prepared) -> float:

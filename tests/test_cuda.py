@@ -170,7 +170,7 @@ def test_a_user_of_the_old_switches_can_still_read_them():
     try:
         torch.backends.cuda.matmul.allow_tf32 = True
         with computing_in("fp32"):
-            assert [getattr(place, name) for place, name, *_ in _tf32_switches()][0] in ("ieee", False)
+            assert next(getattr(place, name) for place, name, *_ in _tf32_switches()) in ("ieee", False)
         assert torch.backends.cuda.matmul.allow_tf32 is True
     finally:
         torch.backends.cuda.matmul.allow_tf32 = old

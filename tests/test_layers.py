@@ -1,5 +1,6 @@
 """Time by layer, the machine's roofs, and verdicts on models made on purpose: removing the cause makes them faster."""
 
+import gc
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from workbench.profiler import (
     layer_costs,
     layer_times,
     low_rank_map,
+    measure_layers,
     measure_roofline,
     points,
     roofline,
@@ -37,8 +39,8 @@ from workbench.profiler import (
 )
 from workbench.profiler.roofline import cache_sizes
 from workbench.profiler.verdicts import layer_verdicts
-from workbench.runtimes import RuntimeFailed, runtime
-from workbench.runtimes.layers import layers_inside, parts_of
+from workbench.runtimes import Prepared, RuntimeFailed, runtime
+from workbench.runtimes.layers import instrumented, layers_inside, parts_of
 from workbench.surgery import clone, weighted_layers
 from workbench.weights import Mask, parametrize_weight
 
@@ -73,6 +75,13 @@ def by_layer(model, example, name="eager", **options):
     return whole, {one.layer: one for one in each}
 
 
+def require(name):
+    """Skip where ONNX Runtime, the only runtime that need not be there, is not installed."""
+    if name == "onnxruntime":
+        pytest.importorskip("onnx", reason="onnx is not installed; `pip install 'workbench[onnx]'` adds it.")
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed.")
+
+
 def tiny_layers(depth=40):
     return nn.Sequential(*[layer for _ in range(depth) for layer in (nn.Linear(16, 16), nn.ReLU())]).eval()
 
@@ -92,8 +101,10 @@ def sparse(model, kept=0.3):
 # --- time by layer -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["eager", "eager channels-last", "openvino"])
+@pytest.mark.parametrize("name", ["eager", "eager channels-last", "openvino", "onnxruntime"])
 def test_layers_and_what_lies_outside_add_up_to_the_whole(name):
+    require(name)
+
     def close():
         found = layer_times(vgg(32), images(), name)
         assert sum(layer.ms for layer in found.layers) + found.outside_ms == pytest.approx(found.total_ms)
@@ -104,8 +115,9 @@ def test_layers_and_what_lies_outside_add_up_to_the_whole(name):
     assert often(close, tries=6)
 
 
-@pytest.mark.parametrize("name", ["eager", "openvino"])
+@pytest.mark.parametrize("name", ["eager", "openvino", "onnxruntime"])
 def test_layers_carry_the_names_and_costs_of_torch(name):
+    require(name)
     model, example = vgg(), images(2)
     found = {layer.name: layer for layer in layer_times(model, example, name).layers}
     for cost in layer_costs(model, example):
@@ -113,6 +125,28 @@ def test_layers_carry_the_names_and_costs_of_torch(name):
         assert (layer.kind, layer.macs, layer.precision) == (cost.kind, 2 * cost.macs, "fp32")
         assert layer.weight_bytes >= 4 * model.get_submodule(cost.name).weight.numel()
         assert layer.activation_bytes > 4 * 2 * math.prod(cost.output_shape[1:])
+
+
+@pytest.mark.parametrize("name", ["eager", "openvino"])
+def test_layers_grow_until_all_calls_are_made_and_can_be_stopped_anywhere(name, monkeypatch):
+    monkeypatch.setattr(sys.modules["workbench.profiler.layers"], "FRAME_S", 0.0)
+    before, seen = torch.get_num_threads(), []
+    for found in measure_layers([vgg(), vgg(16)], images(), name, threads=before + 1, calls=20):
+        seen.append(len(found))
+        assert torch.get_num_threads() == before and gc.isenabled()
+    assert seen[:4] == [0] * 4 and set(seen) == {0, 2} and seen == sorted(seen) and seen.count(2) > 10
+    assert [one.layers[-1].macs for one in found] == [32 * 10, 64 * 10]
+    running = measure_layers([vgg()], images(), name, threads=before + 1)
+    for _ in range(8):
+        next(running)
+    running.close()
+    assert torch.get_num_threads() == before and gc.isenabled()
+
+
+def test_onnxruntime_tells_its_layers_at_the_end():
+    require("onnxruntime")
+    *growing, last = measure_layers([vgg()], images(), "onnxruntime", calls=20)
+    assert len(growing) > 20 and not any(growing) and last[0].layers
 
 
 def test_a_slow_layer_is_the_one_that_is_found():
@@ -139,11 +173,53 @@ def test_attention_is_one_layer_and_containers_are_none():
     assert [name for name, _ in layers_inside(model)] == ["0.attention", "1.0"]
 
 
+def odd_widths():
+    """Layers whose channels fill no block of 16, one of them in groups, and a linear layer that multiplies rows."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 10, 3, padding=1), nn.ReLU(), nn.Conv2d(10, 20, 3, padding=1, groups=2), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(2), nn.Linear(784, 8)).eval()
+
+
+def test_onnxruntime_s_kernels_have_the_names_of_torch_where_it_fuses_fills_up_and_rounds():
+    require("onnxruntime")
+    costs = {cost.name: (cost.kind, 2 * cost.macs) for cost in layer_costs(odd_widths(), images(2))}
+    for model in (odd_widths(), quantized(odd_widths())):
+        found = {one.name: one for one in layer_times(model, images(2), "onnxruntime", calls=20).layers}
+        assert {name: (found[name].kind, found[name].macs) for name in costs} == costs
+        kernels = runtime("onnxruntime").prepare(model, images(2)).kernels
+        assert [kernel.layer for kernel in kernels] == list(costs)
+        assert [kernel.precision for kernel in kernels] == [found[name].precision for name in costs]
+    assert (found["0"].precision, found["0"].kernel) == ("int8", "QLinearConv")
+    assert found["0"].weight_bytes < 4 * 90 <= found["2"].weight_bytes  # the second runs in fp32, from codes
+    assert {"QuantizeLinear", "DequantizeLinear"} < {one.kind for one in found.values()}
+
+
+def test_the_profiler_s_own_work_is_taken_off():
+    require("onnxruntime")
+    empty = nn.Sequential(*(nn.Linear(1, 1) for _ in range(40))).eval()
+
+    def close():
+        found = layer_times(empty, torch.zeros(1, 1), "onnxruntime")
+        return sum(layer.ms for layer in found.layers) < found.total_ms
+
+    assert often(close)
+
+
+def test_stopped_profiles_leave_no_files(tmp_path, monkeypatch):
+    require("onnxruntime")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    copy = instrumented(runtime("onnxruntime").prepare(vgg(), images()))
+    copy.run()
+    assert list(tmp_path.rglob("profile*"))
+    del copy
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_runtime_without_layers_says_so():
-    pytest.importorskip("onnxruntime", reason="the runtime that shows no layers is not installed")
-    pytest.importorskip("onnx", reason="the runtime that shows no layers is not installed")
-    with pytest.raises(RuntimeFailed, match="does not show its layers; choose eager, openvino or cuda"):
-        layer_times(vgg(), images(), "onnxruntime")
+    prepared = Prepared(runtime("eager"), images(), 1)
+    with pytest.raises(RuntimeFailed, match="does not show its layers; choose one of openvino, eager, cuda, onnxrunti"):
+        instrumented(prepared)
 
 
 @needs_gpu
@@ -314,23 +390,39 @@ def test_a_faster_model_is_said_to_be_faster_and_why():
     assert often(lambda: "compute in int8" in judged(quantized(vgg(32)), vgg(32)).evidence)
 
 
-def slower(model, baseline, known=None):
+def slower(model, baseline, known=None, layers=(), ms=2.0):
     """Judge two models as if the first had taken twice as long."""
     from test_profiler import taken as rounds
 
-    now, before = rounds(*[(2.0,)] * 8), rounds(*[(1.0,)] * 8)
-    return whole_verdict(taken(model, now), taken(baseline, before), known)
+    now, before = rounds(*[(ms,)] * 8), rounds(*[(1.0,)] * 8)
+    return whole_verdict(taken(model, now), taken(baseline, before), known, layers)
 
 
-def test_more_layers_and_odd_widths_are_named_when_fewer_operations_do_not_pay():
+def test_fewer_operations_that_do_not_pay_are_blamed_on_nothing_that_was_not_measured():
     square = nn.Sequential(nn.Flatten(), nn.Linear(784, 64)).eval()
     factors = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.Linear(16, 64)).eval()
-    found = slower(factors, square)
-    assert found.kind == "launch-bound" and "1 layer more to start" in found.evidence
     odd = nn.Sequential(nn.Flatten(), nn.Linear(784, 51)).eval()
-    assert slower(odd, square).kind == "unaligned width"
-    launch = Limits(roofline(), {"ReLU": 1.5, "Linear": 1.5}, "eager", 1)  # all of the 2 ms
-    assert slower(odd, square, launch).kind == "launch-bound"
+    for model in (factors, odd):
+        found = slower(model, square)
+        assert found.kind == "slower" and "its layers be measured" in found.advice
+        assert "start" not in str(found) and "multiple" not in str(found)
+        assert slower(model, square, ms=1.0).kind == "inside the noise"
+    assert slower(square, square).kind == "slower" and slower(square, square).advice == ""
+
+
+def test_starts_and_odd_widths_are_blamed_where_they_were_measured():
+    square = nn.Sequential(nn.Flatten(), nn.Linear(784, 64)).eval()
+    odd = nn.Sequential(nn.Flatten(), nn.Linear(784, 51)).eval()
+    starts = lambda ms: Limits(roofline(), {"ReLU": ms, "Linear": ms}, "eager", 1)
+    found = slower(odd, square, starts(1.5))
+    assert found.kind == "launch-bound" and "starting its 1 layer takes 1.5 ms here" in found.evidence
+    assert slower(odd, square, starts(0.5)).kind == "slower"  # a quarter of the 2 ms explains little
+    width = Verdict("1", "unaligned width", "1 takes 2 ms with 51 and 0.5 ms with 48.", "Round its widths.")
+    found = slower(odd, square, starts(0.5), [Verdict("0", "memory-bound", "It moves."), width])
+    assert found.kind == "unaligned width" and width.evidence in found.evidence and found.advice == width.advice
+    assert slower(odd, square, starts(0.5), [Verdict("0", "memory-bound", "It moves.")]).advice.startswith(
+        "Ask the verdicts"
+    )
 
 
 def test_a_verdict_needs_latencies_of_one_run():

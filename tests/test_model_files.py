@@ -1,14 +1,22 @@
 """Models in files of other programs: read, counted and run as they are, refused with a sentence otherwise."""
 
+import sys
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from workbench.data import load_data
 from workbench.export import export_onnx, export_openvino
+from workbench.models import load_model
 from workbench.profiler import profile
 from workbench.profiler.layers import layer_times
 from workbench.runtimes import RuntimeFailed, read_model_file, runtime
+from workbench.subjects import opened
+
+profile_module = sys.modules["workbench.profiler.profile"]  # whose name the function of that name hides
 
 pytest.importorskip("onnx", reason="onnx is not installed; `pip install 'workbench[onnx]'` adds it.")
 
@@ -72,10 +80,13 @@ def test_a_file_against_the_model_it_was_made_from_is_not_distinguishable(writte
     assert 0.5 < found.runs[0].ratio.value < 2
 
 
-def test_layers_of_a_file_have_its_own_names(written):
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_layers_of_a_file_have_its_own_names(written, name):
+    if name == "onnxruntime":
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed.")
     _, paths = written
     file = read_model_file(paths["ONNX"])
-    times = layer_times(file, EXAMPLE, "openvino", calls=10)
+    times = layer_times(file, EXAMPLE, name, calls=10)
     counted = {layer.name: layer.macs for layer in file.layers(EXAMPLE)}
     assert {one.name: one.macs for one in times.layers if one.macs} == {n: 2 * macs for n, macs in counted.items()}
 
@@ -153,3 +164,58 @@ def test_another_shape_than_the_file_s_is_refused(written):
     _, paths = written
     with pytest.raises(RuntimeFailed, match="does not work for inputs of shape"):
         runtime("openvino").prepare(read_model_file(paths["ONNX"]), torch.zeros(1, 4, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """The shipped network, its data, and its ONNX file."""
+    model, path = load_model("glyphs-cnn"), tmp_path_factory.mktemp("shipped") / "glyphs.onnx"
+    data = load_data("glyphs")
+    export_onnx(model, path, data.example(2))
+    return model, data, path
+
+
+def test_right_answers_of_a_file_are_those_of_the_model(shipped):
+    model, data, path = shipped
+    found = profile(read_model_file(path), data, model, ["openvino"], calls=6, throughput_batch=2)
+    assert found.model.accuracy.total == found.baseline.accuracy.total == len(data.val) > 500
+    assert found.model.accuracy == found.baseline.accuracy and torch.equal(found.model.hits, found.baseline.hits)
+    assert found.model.accuracy.percent > 80 and "alidation accuracy is" in " ".join(found.sentences())
+
+
+def test_right_answers_are_counted_on_the_runtime_named(shipped, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed.")
+    model, data, path = shipped
+    few = replace(data, val=data.val.take(100))
+    monkeypatch.setattr(runtime("openvino"), "_prepare_file", lambda *_: pytest.fail("it was not asked for"))
+    right = torch.cat(list(_answers_of(read_model_file(path), few.val, "onnxruntime")))
+    with torch.inference_mode():
+        assert torch.equal(right, model(few.val.batch(slice(None))[0]).argmax(1))
+
+
+def _answers_of(file, split, name):
+    for predicted, _ in profile_module._answers(file, split, [runtime(name)]):
+        yield predicted
+
+
+def test_a_file_of_one_fixed_batch_answers_the_rest_too(shipped, tmp_path):
+    model, data, _ = shipped
+    path = tmp_path / "seven.onnx"
+    torch.onnx.export(model, (data.example(7),), path, dynamo=False)
+    split, file = data.val.take(30), read_model_file(path)
+    assert file.fixed_batch == 7
+    with torch.inference_mode():
+        expected = model(split.batch(slice(None))[0]).argmax(1)
+    assert torch.equal(torch.cat(list(_answers_of(file, split, "openvino"))), expected)
+
+
+def test_images_that_do_not_fit_into_a_file_are_refused(written):
+    _, paths = written
+    with pytest.raises(ValueError, match="takes inputs of shape"):
+        opened(str(paths["ONNX"]), data="glyphs")
+
+
+def test_a_file_that_none_of_the_runtimes_runs_says_why(written):
+    _, paths = written
+    with pytest.raises(RuntimeFailed, match=r"run this model\. The runtime eager runs torch models"):
+        profile_module._ready(read_model_file(paths["ONNX"]), EXAMPLE, [runtime("eager")])

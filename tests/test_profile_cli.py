@@ -90,7 +90,7 @@ def test_two_profiles_stand_side_by_side(here, capsys):
         (["my_nets:build", "--input", "1,3,8,8", "--html", "none/a.html"], "There is no folder none"),
         (["my_nets:raises", "--input", "1,3,8,8"], "ZeroDivisionError, no classes"),
         (["missing.onnx"], "no model file missing.onnx"),
-        (["missing.onnx", "--data", "glyphs"], "leave --data out"),
+        (["missing.onnx", "--data", "glyphs"], "no model file missing.onnx"),
         (["--compare", "a.json", "b.json"], "a.json cannot be read"),
     ],
 )

@@ -198,19 +198,34 @@ def test_sixteen_times_the_work_is_distinguishable():
     assert any((ratio := compare(*latencies(prepared))).distinguishable and ratio.value > 2 for _ in range(3))
 
 
+def agreement(prepared, turns=31, calls=15):
+    """Return the median over turns of our time by that of torch.utils.benchmark, and ours, all turns as one latency.
+
+    In each turn both take the median of a few calls, and in every other one they change places: other work on the
+    machine hits both alike.
+    """
+    timer, ratios, ours = benchmark.Timer("run()", globals={"run": prepared.run}, num_threads=1), [], []
+    theirs_ms = lambda: 1000 * np.median([timer.timeit(1).median for _ in range(calls)])
+    for turn in range(turns):
+        before = theirs_ms() if turn % 2 else None
+        ours.append(latency(prepared, calls))
+        ratios.append(ours[-1].median_ms / (before or theirs_ms()))
+    busy = float(np.mean([one.busy for one in ours]))
+    return float(np.median(ratios)), replace(ours[0], rounds=sum((one.rounds for one in ours), ()), busy=busy)
+
+
 def test_times_agree_with_those_of_torch_benchmark():
-    prepared = runtime("eager").prepare(vgg(32), images(4))
-    timer = benchmark.Timer("run()", globals={"run": prepared.run}, num_threads=1)
+    """In turns, the median of the ratios lies within 5 % of 1; a run called noisy is repeated, twice at most.
 
-    def ratio():
-        """Return our median by theirs, of single calls in turns, so that other work on the machine hits both alike."""
-        ours, theirs = [], []
-        for _ in range(60):
-            theirs.append(timer.timeit(1))
-            ours.append(latency(prepared, calls=1).median_ms)
-        return float(np.median(ours)) / (1000 * benchmark.Measurement.merge(theirs)[0].median)
-
-    assert any(0.95 < ratio() < 1.05 for _ in range(6))
+    A call takes less than the time for which an operating system gives a processor away, so that most calls are whole
+    on a loaded machine too, and much more than a few looks at the clock.
+    """
+    prepared = runtime("eager").prepare(vgg(32), images())
+    for _ in range(3):
+        ratio, ours = agreement(prepared)
+        if not ours.noisy:
+            break
+    assert ratio == pytest.approx(1, abs=0.05)
 
 
 def test_multiply_adds_are_half_of_the_operations_that_torch_counts():

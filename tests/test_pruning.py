@@ -294,7 +294,7 @@ def test_recalibration_gives_the_statistics_of_the_images():
     assert torch.allclose(same[1].running_mean, made.mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(same[1].running_var, made.var((0, 2, 3)), atol=1e-4)
     assert same[1].momentum == model[1].momentum and not any(m.training for m in same.modules())
-    assert torch.equal(same[0].weight, model[0].weight)
+    assert torch.equal(same[0].weight, model[0].weight) and same[0].weight.is_contiguous()
 
 
 def test_recalibration_can_be_switched_off():

@@ -2,7 +2,9 @@
 
 import json
 import re
+from dataclasses import replace
 
+import numpy as np
 import profiles
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from workbench.profiler import compare_profiles, load_profile, save_profile
 from workbench.reports import SECTIONS, collect, html_page, investigate, words
 from workbench.reports.page import POLICY
+from workbench.runtimes import RuntimeFailed
 from workbench.subjects import Subject
 
 
@@ -49,11 +52,15 @@ def test_progress_only_grows_and_ends():
     assert seen == sorted(seen) and seen[-1] == 1.0
 
 
-def test_what_cannot_be_measured_says_why():
-    found = investigate(subject(), None, ("layers",), runtimes=["onnxruntime"], calls=6)
+def test_what_cannot_be_measured_says_why(monkeypatch):
+    def shows_none(model, example, runtime, threads):
+        raise RuntimeFailed(f"{runtime} does not show its layers.")
+
+    monkeypatch.setattr(collect, "layer_times", shows_none)
+    found = investigate(subject(), None, ("layers",), runtimes=["eager"], calls=6)
     assert found.layers is None and "does not show its layers" in found.missing["layers"]
-    assert "not measured: onnxruntime does not show its layers" in str(found)
-    assert "Not measured: onnxruntime" in html_page(found)
+    assert "not measured: eager does not show its layers" in str(found)
+    assert "Not measured: eager" in html_page(found)
 
 
 def test_a_section_that_there_is_not_is_refused():
@@ -74,6 +81,15 @@ def test_the_text_has_every_section():
     for figure in ("features.conv2.0", "1,100  billion", "launch-bound", "the bound of 4 ms was kept", "★ knee"):
         assert figure in said
     assert "no C++ compiler" in said and "345 MB" in said and max(map(len, said.splitlines())) < 200
+
+
+def test_a_scenario_on_a_busy_machine_is_called_noisy():
+    loud = replace(profiles.scenarios()["server"], service_ms=np.ones(9), busy=0.5)
+    report = profiles.report(scenarios={**profiles.scenarios(), "server": loud})
+    assert re.search(r"server \(noisy\)  +1", str(report)) and "noisy: the machine was not quiet" in str(report)
+    assert "server (noisy)" in html_page(report) and "The machine was not quiet" in html_page(report)
+    assert report.to_dict()["scenarios"]["server"]["noisy"] is True
+    assert "noisy" not in str(profiles.report())
 
 
 def test_the_page_loads_nothing():

@@ -31,28 +31,41 @@ TICK = 1e-6  # what a look at the pretended clock takes, so that waiting for a m
 
 
 class PretendedTime:
-    """A clock that moves when a model runs, when one sleeps, and a little whenever it is read."""
+    """A clock that moves when a model runs, when one sleeps, and a little whenever it is read.
+
+    Only while one sleeps, and in what `others` say, the processor is not this process's.
+    """
 
     def __init__(self):
-        self.now = 100.0
+        self.now, self.away = 100.0, 0.0
 
     def perf_counter(self):
         self.now += TICK
         return self.now
 
+    def process_time(self):
+        return self.now - self.away
+
     def sleep(self, seconds):
+        self.others(seconds)
+
+    def others(self, seconds):
         self.now += seconds
+        self.away += seconds
 
 
 class Steady(Pretended):
-    """A model whose every call takes the same time on a pretended clock."""
+    """A model whose every call takes the same time on a pretended clock; in it others may take the processor."""
 
-    def __init__(self, clock, service_ms, batch=1):
+    def __init__(self, clock, service_ms, batch=1, others_ms=0.0, later=1.0):
         super().__init__()
         self.clock, self.service_ms, self.batch = clock, service_ms, batch
+        self.others_ms, self.later, self.begun = others_ms, later, clock and clock.now
 
     def run(self):
-        self.clock.now += self.service_ms / 1000
+        slower = self.later if self.clock.now > self.begun + 1 else 1.0
+        self.clock.now += slower * self.service_ms / 1000
+        self.clock.others(self.others_ms / 1000)
 
 
 @pytest.fixture
@@ -108,12 +121,38 @@ def test_a_server_is_the_queue_of_theory(clock):
     assert found.kept and found.p99_ms > 5 and found.waiting == 0
 
 
+@pytest.mark.parametrize("start", [single_stream, lambda one, **how: server(one, 300, 50, **how)])
+def test_a_scenario_is_noisy_where_the_machine_was_not_quiet(clock, start):
+    quiet = last(start(Steady(clock, 2.0), seconds=2))
+    assert quiet.busy == pytest.approx(1.0, abs=0.01) and not quiet.noisy  # what a server idles is no one else's work
+    assert "noisy" not in str(quiet) and quiet.to_dict()["noisy"] is False
+    shared = last(start(Steady(clock, 2.0, others_ms=0.5), seconds=2))
+    assert shared.busy == pytest.approx(0.8, abs=0.01) and shared.noisy
+    assert ", noisy" in str(shared) and shared.to_dict()["busy"] == shared.busy
+    drifting = last(start(Steady(clock, 2.0, later=1.2), seconds=2))
+    assert drifting.busy > 0.99 and drifting.noisy
+
+
+def test_waits_in_a_queue_do_not_make_a_server_noisy(clock):
+    found = last(server(Steady(clock, 9.0), rate_per_second=100, bound_ms=200, seconds=3, seed=2))
+    first, second = (np.median(half) for half in np.array_split(found.latencies_ms, 2))
+    assert abs(first - second) > 0.1 * min(first, second) and not found.noisy
+    assert found.service_ms == pytest.approx(np.full(found.images, 9.0), abs=0.01)
+
+
+def test_on_a_gpu_nobody_knows_who_else_computes(clock):
+    one = Steady(clock, 2.0, others_ms=0.5)
+    one.device = "cuda"
+    found = last(single_stream(one, seconds=0.5))
+    assert found.busy is None and not found.noisy
+
+
 def test_latency_counts_from_the_arrival_whoever_is_before(clock):
     # By the recursion that defines the queue: an answer comes one service after the arrival or the last answer.
     found = last(server(Steady(clock, 3.0), rate_per_second=300, bound_ms=20, seconds=3, seed=4))
     arrivals, finished, expected = MODULE._poisson(300, 3, 4), 0.0, []
     for arrival in arrivals:
-        finished = max(arrival, finished) + 0.003 + 2 * TICK
+        finished = max(arrival, finished) + 0.003 + 3 * TICK
         expected.append(1000 * (finished - arrival))
     assert found.latencies_ms == pytest.approx(expected, rel=0.02, abs=0.02)
 

@@ -43,13 +43,17 @@ def opened(word: str, shape: tuple[int, ...] | None = None, data: str | None = N
     `shape`: of that batch, needed where nothing else tells what the model takes. `data`: the name of a data set, whose
     images are then used. Raises ValueError, RuntimeFailed or ArtifactError, each with what is wrong and what to do.
     """
+    from workbench.data import load_data
     from workbench.runtimes import is_model_file, read_model_file
 
     if is_model_file(word):
-        if data:
-            raise ValueError(f"Accuracy is counted on torch models only; leave --data out to profile {word}.")
         file = read_model_file(word)
-        return Subject(file.path.name, file, file.example(shape, batch))
+        if data is None:
+            return Subject(file.path.name, file, file.example(shape, batch))
+        images = load_data(data)
+        example = images.example(file.fixed_batch or batch)
+        file.example(tuple(example.shape))  # refuses images that do not fit in
+        return Subject(file.path.name, file, example, images)
     model, name = built(word)
     if shape is not None and data is None:
         return Subject(name, model, example_for(model, shape))

@@ -260,26 +260,13 @@ def answer_shape(model: nn.Module, images: Tensor) -> tuple[int, ...]:
 
 
 def fit(
-    model: nn.Module,
-    data: Data,
-    *,
-    epochs: int = 12,
-    batch_size: int = 128,
-    learning_rate: float = 4e-3,
-    weight_decay: float = 0.02,
-    seed: int = 0,
-    augment: bool = True,
-    validations: int = 1,
-    teacher: nn.Module | None = None,
-    temperature: float = 4.0,
-    soft_weight: float = 0.9,
-    checkpoint: Path | None = None,
-    objective: Objective | None = None,
-    each_step: Callable[[int, int], bool | None] | None = None,
-    parameters: list[dict] | None = None,
-    penalty: Callable[[int, int], Tensor] | None = None,
-    keep: str = "best",
-) -> Iterator[Step]:
+    model: nn.Module, data: Data, *,
+    epochs: int = 12, batch_size: int = 128, learning_rate: float = 4e-3, weight_decay: float = 0.02,
+    seed: int = 0, augment: bool = True, validations: int = 1, keep: str = "best", checkpoint: Path | None = None,
+    teacher: nn.Module | None = None, temperature: float = 4.0, soft_weight: float = 0.9,
+    objective: Objective | None = None, penalty: Callable[[int, int], Tensor] | None = None,
+    each_step: Callable[[int, int], bool | None] | None = None, parameters: list[dict] | None = None,
+) -> Iterator[Step]:  # fmt: skip
     """Train `model` in place (AdamW, one cycle) and yield a `Step` each few batches.
 
     Validation accuracy is counted `validations` times an epoch. When the iterator ends or is closed, the model holds
@@ -293,42 +280,63 @@ def fit(
     the loss of each step. `keep="last"` leaves the last weights, not the best, where accuracy is not all that counts.
     """
     check_trainable(model, data)
-    per_epoch = math.ceil(len(data.train) / batch_size)
-    groups = parameters if parameters is not None else model.parameters()
-    optimizer = torch.optim.AdamW(groups, learning_rate, weight_decay=weight_decay)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, peaks, total_steps=max(5, epochs * per_epoch), pct_start=0.25
-    )  # torch divides by zero where a quarter of the steps is exactly one
-    keeps_best = keep == "best" and len(data.val) > 0
-    state = _State(
-        model, optimizer, schedule, keeps_best, steps=epochs * per_epoch, penalty=penalty, each_step=each_step
-    )
-    if checkpoint and checkpoint.is_file():
-        state.load(checkpoint, per_epoch)
     if objective is None:
         objective = _label_loss if teacher is None else soft_objective(teacher, temperature, soft_weight)
+    plan = _Plan(epochs, math.ceil(len(data.train) / batch_size), batch_size, seed, augment, validations, objective)
+    groups = parameters if parameters is not None else model.parameters()
+    optimizer = torch.optim.AdamW(groups, learning_rate, weight_decay=weight_decay)
+    keeps_best = keep == "best" and len(data.val) > 0
+    state = _State(model, optimizer, _one_cycle(optimizer, plan.steps), keeps_best, plan.steps, penalty, each_step)
+    if checkpoint and checkpoint.is_file():
+        state.load(checkpoint, plan.per_epoch)
     try:
-        while state.epoch < epochs:
-            yield from _epoch(
-                state, data, epochs * per_epoch, per_epoch, batch_size, seed, augment, validations, objective
-            )
-            state.epoch += 1
-            if checkpoint:
-                state.save(checkpoint)
+        yield from _epochs(state, data, plan, checkpoint)
     finally:
         state.restore_best()
 
 
-def _epoch(state, data, steps, per_epoch, batch_size, seed, augment, validations, objective) -> Iterator[Step]:
-    """Train through all images once, yielding about twenty steps and `validations` accuracies."""
-    generator = torch.Generator().manual_seed(seed * 100_003 + state.epoch)
-    report, validate = max(1, per_epoch // 20), max(1, per_epoch // validations)
+@dataclass(frozen=True)
+class _Plan:
+    """What a training does in each of its epochs, which have `per_epoch` steps."""
+
+    epochs: int
+    per_epoch: int
+    batch_size: int
+    seed: int
+    augment: bool
+    validations: int
+    objective: Objective
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.per_epoch
+
+
+def _one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return a schedule that rises to each group's own rate in a quarter of the steps, and falls to nothing."""
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    steps = max(5, steps)  # torch divides by zero where a quarter of the steps is exactly one
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=0.25)
+
+
+def _epochs(state: _State, data: Data, plan: _Plan, checkpoint: Path | None) -> Iterator[Step]:
+    """Train through the epochs that are left, and save each."""
+    while state.epoch < plan.epochs:
+        yield from _epoch(state, data, plan)
+        state.epoch += 1
+        if checkpoint:
+            state.save(checkpoint)
+
+
+def _epoch(state: _State, data: Data, plan: _Plan) -> Iterator[Step]:
+    """Train through all images once, yielding about twenty steps and `plan.validations` accuracies."""
+    seed, per_epoch = plan.seed * 100_003 + state.epoch, plan.per_epoch
+    generator = torch.Generator().manual_seed(seed)
+    report, validate = max(1, per_epoch // 20), max(1, per_epoch // plan.validations)
     started, total, counted = time.perf_counter(), 0.0, 0
-    batches = data.train.batches(batch_size, seed=seed * 100_003 + state.epoch)
-    for number, (images, labels) in enumerate(batches, 1):
-        images = jitter(images, generator) if augment else images
-        total += _update(state, images.contiguous(memory_format=torch.channels_last), labels, objective)
+    for number, (images, labels) in enumerate(data.train.batches(plan.batch_size, seed=seed), 1):
+        images = jitter(images, generator) if plan.augment else images
+        total += _update(state, images.contiguous(memory_format=torch.channels_last), labels, plan.objective)
         counted += 1
         last = number == per_epoch
         accuracy = None
@@ -337,7 +345,7 @@ def _epoch(state, data, steps, per_epoch, batch_size, seed, augment, validations
             state.keep_if_best(accuracy)
         if accuracy or number % report == 0:
             seconds = time.perf_counter() - started
-            yield Step(state.epoch * per_epoch + number, steps, state.epoch, total / counted, accuracy, seconds)
+            yield Step(state.epoch * per_epoch + number, plan.steps, state.epoch, total / counted, accuracy, seconds)
             total, counted = 0.0, 0
 
 

@@ -146,7 +146,8 @@ def _in_words(technique) -> str:
 
 
 def _batch(args, subject) -> int:
-    return args.batch or (len(subject.example) if args.input or subject.data is None else 1)
+    fixed = getattr(subject.model, "fixed_batch", 0)  # of a file that takes no other
+    return args.batch or fixed or (len(subject.example) if args.input or subject.data is None else 1)
 
 
 def _threads(count: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from workbench.artifact import ledger
 from workbench.profiler import Latency, LayerCost, layer_costs, measure
-from workbench.profiler.layers import LayerTimes, layer_times
+from workbench.profiler.layers import LayerTimes, measure_layers
 from workbench.profiler.predict import LatencyModel
 from workbench.profiler.report import Difference, accuracy_difference
 from workbench.profiler.verdicts import Taken, Verdict, whole_verdict
@@ -21,7 +21,7 @@ from workbench.training import Accuracy, predictions
 
 CALLS, BUDGET_S = 100, 1.0
 MOST_LEARNT, LEARN_CALLS = 5, 30  # points whose layers are looked into, so that others can be predicted
-LEARN_REST = 0.4  # seconds without a new setting before that: half a second that cannot be broken off
+LEARN_REST = 0.4  # seconds without a new setting before that, so that none waits while a model is made ready
 IMAGES = 128  # in a batch: few, so that the first accuracy comes soon; larger ones are no faster
 OTHER = "other"  # norms, biases outside of layers, the file's header
 
@@ -251,20 +251,23 @@ def track(point: Point, known: Foresight, place: str) -> None:
         guess.median_error = known.fitted.median_error
 
 
-def learn(points: Iterable[Point], known: Foresight, example: Tensor) -> Iterator[float]:
+def learn(points: Iterable[Point], known: Foresight, example: Tensor) -> Iterator[float | None]:
     """Look into the layers of points that were measured, while there is something to learn from them.
 
-    Yields the seconds to wait for a newer setting first.
+    Yields the seconds to wait for a newer setting first, and None after each block of calls; when it is closed there,
+    nothing is learnt of that point.
     """
     for point in points:
         if known.full or any(one is point for one in known.learnt):
             continue
         yield LEARN_REST
+        where, found = (known.fitted.runtime, known.fitted.threads), []
         try:
-            times = layer_times(point.model, example, known.fitted.runtime, known.fitted.threads, LEARN_CALLS)
+            for found in measure_layers([point.model], example, *where, LEARN_CALLS):  # noqa: B007
+                yield None
         except RuntimeFailed:  # a runtime that shows no layers: nothing is predicted there
             return
-        known.learn(point, example, times)
+        known.learn(point, example, found[0])
 
 
 # --- the test images -----------------------------------------------------------------------------------------------

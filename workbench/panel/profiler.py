@@ -20,7 +20,7 @@ from workbench.panel.worker import Steps
 from workbench.plots import Shown
 from workbench.profiler import SCENARIOS, ScenarioResult, multi_stream, offline, server, single_stream
 from workbench.profiler.environment import allowed_cores
-from workbench.profiler.layers import LayerTimes, layer_times
+from workbench.profiler.layers import LayerTimes, measure_layers
 from workbench.profiler.limits import limits
 from workbench.profiler.roofline import Roofline, RooflinePoint, growing_roofline, points
 from workbench.profiler.scenarios import BOUND, FEWEST_FOR_P99, LEAST_BOUND_MS, LOAD
@@ -239,17 +239,23 @@ class ProfilerPanel(Panel):
             if look.times is None and not look.why_not:
                 self._progress("measuring", "timing each layer …", stale)
                 yield
-                self._time_layers(one, look, here)
+                yield from self._time_layers(one, look, here, stale)
         self._draw()
 
-    def _time_layers(self, one: Point, look: Look, here: Here) -> None:
+    def _time_layers(self, one: Point, look: Look, here: Here, stale) -> Steps:
+        """Measure the layers of a model; its points move as they come, and what was stopped is begun anew."""
+        example, found = self._example_of(here), []
         try:
-            example = self._example_of(here)
-            look.times = layer_times(one.model, example, here.runtime, here.threads, LAYER_CALLS)
-            look.points = points(look.times)
-            measure.foresight(self.model, here.runtime, example, here.threads).learn(one, example, look.times)
+            for found in measure_layers([one.model], example, here.runtime, here.threads, LAYER_CALLS):
+                if found:
+                    look.points = points(found[0])
+                self._tick("measuring", "timing each layer …", stale)
+                yield
         except RuntimeFailed as error:
             look.why_not = str(error)
+            return
+        look.times = found[0]
+        measure.foresight(self.model, here.runtime, example, here.threads).learn(one, example, look.times)
 
     def _judge(self, point: Point, here: Here, stale) -> Steps:
         look = self.look(point, here.place)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from html import escape
 
 from workbench.panel.measure import OTHER, Point, Prediction, Timing, changed, difference, verdict_of
-from workbench.profiler import ScenarioResult, compare, environment
+from workbench.profiler import Latency, ScenarioResult, compare, environment
 from workbench.profiler.layers import LayerTime, LayerTimes
 from workbench.profiler.report import Difference
 from workbench.profiler.verdicts import Verdict
@@ -235,8 +235,12 @@ def latency_tile(kind: str, title: str, name: str, now: Point | None, pinned: Po
     # Times of separate runs are shown side by side; no claim is made about their ratio.
     lines.append(_pin(("none", f"{milliseconds(other.now.median_ms)} ms") if other and other.now else None))
     precision = f'computes in <b class="wb-precision">{escape(timing.precision)}</b>'
-    noisy = ", noisy" if timing.now.noisy else ""
-    return tile(kind, title, milliseconds(timing.now.median_ms), "ms", lines, f"{escape(name)}, {precision}{noisy}")
+    note = f"{escape(name)}, {precision}{_noisy(timing.now)}"
+    return tile(kind, title, milliseconds(timing.now.median_ms), "ms", lines, note)
+
+
+def _noisy(taken: Latency | ScenarioResult) -> str:
+    return ", noisy" if taken.noisy else ""
 
 
 def scenario_tile(name: str, now: ScenarioResult | None, baseline: ScenarioResult | None, pinned) -> str:
@@ -250,8 +254,8 @@ def scenario_tile(name: str, now: ScenarioResult | None, baseline: ScenarioResul
     tail = [f"{label} {milliseconds(ms)} ms" for label, ms in (("p90", now.p90_ms), ("p99", now.p99_ms)) if ms]
     lines = [("none", " · ".join(tail) or f"median {milliseconds(now.p50_ms)} ms"), _in_time(now)]
     lines.append(_pin(("none", f"{rate(pinned)} images/s") if pinned and pinned is not now else None))
-    beside = f"baseline {rate(baseline)} · " if baseline else ""
-    return tile("scenario", title, rate(now), "images/s", lines, f"{beside}{now.queries:,} queries")
+    beside = f"baseline {rate(baseline)}{_noisy(baseline)} · " if baseline else ""
+    return tile("scenario", title, rate(now), "images/s", lines, f"{beside}{now.queries:,} queries{_noisy(now)}")
 
 
 def rate(result: ScenarioResult) -> str:

@@ -409,6 +409,7 @@ def scenario_latencies(results: Mapping[str, ScenarioResult], title: str = "MLPe
     )
     figure.update_yaxes(type="category", categoryarray=names, range=[len(names) - 0.5, -0.5])
     words = " ".join(_scenario_words(name, result) for name, result in results.items())
+    words += " The machine was not quiet while they were taken." if any(r.noisy for r in results.values()) else ""
     layout = {"legend": {**BELOW, "y": -0.3}, "margin": {"l": 56, "r": 24, "t": 70, "b": 84}}
     return _calm(figure, words or "No scenario was run.", 200 + 44 * len(names), **_title(title), **layout)
 

@@ -3,7 +3,7 @@
 from workbench.profiler.comparison import ComparedRuntime, Comparison, compare_profiles, load_profile, save_profile
 from workbench.profiler.costs import LayerCost, layer_costs, peak_activation_bytes
 from workbench.profiler.environment import Environment, environment
-from workbench.profiler.layers import LayerTime, LayerTimes, layer_times, layer_times_of
+from workbench.profiler.layers import LayerTime, LayerTimes, layer_times, layer_times_of, measure_layers
 from workbench.profiler.limits import Limits, limits
 from workbench.profiler.maps import WinLoseMap, integer_map, low_rank_map, sparse_map, width_map
 from workbench.profiler.memory import Energy, Memory, energy, memory
@@ -72,6 +72,7 @@ __all__ = [
     "load_profile",
     "low_rank_map",
     "measure",
+    "measure_layers",
     "measure_roofline",
     "memory",
     "multi_stream",

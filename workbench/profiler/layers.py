@@ -1,23 +1,25 @@
 """Where the time of a model goes: each layer's own time, measured inside the running model, beside what it computes.
 
-Eager layers are timed around their own `forward`, OpenVINO's by its performance counters, CUDA's by the GPU's events
-(as `torch.profiler` and OpenVINO's `benchmark_app -pc` do). The end-to-end time is taken without any of that, in turns
-with it; what no layer accounts for is shown as time outside layers.
+Eager layers are timed around their own `forward`, OpenVINO's by its performance counters, ONNX Runtime's by its
+profiler, CUDA's by the GPU's events (as `torch.profiler` and OpenVINO's `benchmark_app -pc` do). The end-to-end time is
+taken without any of that, in turns with it; what no layer accounts for is shown as time outside layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from workbench.profiler.timing import Latency, latencies
+from workbench.profiler.timing import Latency, measure
 from workbench.runtimes import Prepared
 from workbench.runtimes import runtime as named_runtime
 from workbench.runtimes.layers import Instrumented, Part, instrumented
 
 BUDGET_S = 2.0
+FRAME_S = 0.1  # between two looks at the layers so far: asking a runtime for them takes a while
 NEGATIVE = 0.02  # of the end-to-end time: layers that add up to more than that were measured in worse conditions
 
 
@@ -80,10 +82,33 @@ def layer_times_of(
     models: Sequence[nn.Module], example: Tensor, runtime: str = "eager", threads: int = 1, calls: int = 100
 ) -> list[LayerTimes]:
     """Measure the layers of several models, all in turns, so that a drift of the machine reaches all alike."""
-    ready = [named_runtime(runtime).prepare(model, example, threads) for model in models]
-    copies = [instrumented(prepared) for prepared in ready]
-    taken = latencies([*ready, *copies], calls, BUDGET_S * len(models))
-    return [_times(prepared, copy, total) for prepared, copy, total in zip(ready, copies, taken, strict=False)]
+    found = []
+    for found in measure_layers(models, example, runtime, threads, calls):  # noqa: B007
+        pass
+    return found
+
+
+def measure_layers(
+    models: Sequence[nn.Module], example: Tensor, runtime: str = "eager", threads: int = 1, calls: int = 100
+) -> Iterator[list[LayerTimes]]:
+    """Measure as `layer_times_of` does, and yield the layers of all models so far after each block of calls.
+
+    The lists are empty while models are prepared, and up to the last one where the runtime tells its layers only at
+    the end. Between two blocks the caller may draw, or close the generator, which stops the measurement.
+    """
+    ready, copies, found, seen = [], [], [], time.perf_counter()
+    for model in models:
+        ready.append(named_runtime(runtime).prepare(model, example, threads))
+        yield found
+        copies.append(instrumented(ready[-1]))
+        yield found
+    so_far = lambda: [_times(*one) for one in zip(ready, copies, taken, strict=False)]
+    for taken in measure([*ready, *copies], calls, BUDGET_S * len(models)):
+        told = all(copy.grows for copy in copies) and all(one.calls for one in taken)
+        if told and time.perf_counter() - seen > FRAME_S:
+            found, seen = so_far(), time.perf_counter()
+        yield found
+    yield so_far()
 
 
 def _times(prepared: Prepared, copy: Instrumented, total: Latency) -> LayerTimes:

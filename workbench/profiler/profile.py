@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from workbench.artifact import ledger
-from workbench.data import Data
+from workbench.data import Data, Split
 from workbench.profiler.costs import LayerCost, layer_costs, peak_activation_bytes
 from workbench.profiler.environment import environment
 from workbench.profiler.report import Measures, Profile, Run
 from workbench.profiler.room import bytes_for, require_room, room_for
+from workbench.profiler.scenarios import repeated
 from workbench.profiler.timing import Latency, measure
 from workbench.runtimes import RUNTIMES, ModelFile, Prepared, Runtime, RuntimeFailed, runtime, steady_outputs
 from workbench.runtimes.cuda import Cuda
@@ -25,6 +26,7 @@ from workbench.weights import sparsity
 Progress = Callable[[str, float], Any]
 BATCH_CALLS = 10  # of a large batch: each is long, and ten rounds carry an interval
 BATCH_BUDGET_S = 5.0
+ANSWERED = 64  # images in a batch of a file while right answers are counted
 
 
 @dataclass
@@ -51,10 +53,11 @@ def profile(
 ) -> Profile:
     """Measure `model`, and `baseline` in turns with it, on every runtime of this machine or on those named.
 
-    `data` is a Data, or one example batch, float (B, C, H, W); accuracy is counted on `split` of a Data. Where a model
-    does not take `throughput_batch` images, throughput is that of `batch`. `flush_l2` overwrites a GPU's L2 cache
-    before each call there, as if something else had run in between. Raises ValueError for wrong arguments and
-    RuntimeFailed if the model fails, or no runtime can run it, or the batch has no room; `watch(message, fraction)`.
+    `data` is a Data, or one example batch, float (B, C, H, W); accuracy is counted on `split` of a Data, for a file by
+    the first runtime that runs it. Where a model does not take `throughput_batch` images, throughput is that of
+    `batch`. `flush_l2` overwrites a GPU's L2 cache before each call there, as if something else had run in between.
+    Raises ValueError for wrong arguments and RuntimeFailed if the model fails, or no runtime can run it, or the batch
+    has no room; `watch(message, fraction)`.
     """
     watch = watch or (lambda message, fraction: None)
     chosen = [one.flushing() if flush_l2 and isinstance(one, Cuda) else one for one in _chosen(runtimes)]
@@ -62,7 +65,7 @@ def profile(
     needed = max(_needed(one, image) for one in models)
     require_room(needed, batch)
     example, large = _example(data, batch), _example(data, max(room_for(needed, throughput_batch), batch))
-    hits = [_hits(one, data, split, watch, i / len(models)) for i, one in enumerate(models)]
+    hits = [_hits(one, data, split, chosen, watch, i / len(models)) for i, one in enumerate(models)]
     watch("counting bytes and multiply-adds", 0.3)
     measures = [_measures(one, example, right) for one, right in zip(models, hits, strict=True)]
     contests, failed = _prepare_all(models, chosen, example, large, threads, watch)
@@ -98,17 +101,38 @@ def _example(data: Data | Tensor | None, batch: int) -> Tensor:
     images = data if isinstance(data, Tensor) else data.example(min(batch, max(1, len(data.val))))
     if not len(images):
         raise ValueError("There is not one image to run the model on: the data set is empty.")
-    return images[torch.arange(batch) % len(images)].contiguous()
+    return repeated(images, batch)
 
 
-def _hits(model, data, split: str, watch: Progress, done: float) -> Tensor | None:
+def _answers(model: nn.Module | ModelFile, split: Split, chosen: Sequence[Runtime]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Do as `predictions` does; a file runs on the first of the chosen runtimes that can, in batches of one size."""
+    if not isinstance(model, ModelFile):
+        yield from predictions(model, split)
+        return
+    prepared = _ready(model, split.batch(torch.arange(model.fixed_batch or ANSWERED) % max(1, len(split)))[0], chosen)
+    for images, labels in split.batches(prepared.batch):
+        full = repeated(images, prepared.batch)
+        yield prepared(full)[: len(labels)].argmax(1), labels
+
+
+def _ready(file: ModelFile, example: Tensor, chosen: Sequence[Runtime]) -> Prepared:
+    reasons = []
+    for one in chosen:
+        try:
+            return one.prepare(file, example)
+        except RuntimeFailed as error:
+            reasons.append(str(error))
+    raise RuntimeFailed(" ".join(["No runtime can run this model.", *reasons]))
+
+
+def _hits(model, data, split: str, chosen: Sequence[Runtime], watch: Progress, done: float) -> Tensor | None:
     """Return which images of the split are classified right, bool (N,), or None for a mere example."""
     if not isinstance(data, Data):
         return None
     if split not in ("train", "val", "test"):
         raise ValueError(f"There is no split {split!r}; choose train, val or test.")
     images, right, seen = getattr(data, split), [], 0
-    for predicted, labels in predictions(model, images):
+    for predicted, labels in _answers(model, images, chosen):
         right.append(predicted == labels)
         seen += len(labels)
         watch(f"counting right answers, {seen:,} of {len(images):,}", 0.3 * (done + 0.5 * seen / len(images)))
@@ -127,7 +151,7 @@ def _needed(model: nn.Module | ModelFile, image: Tensor) -> int:
 
 def _measures(model: nn.Module | ModelFile, example: Tensor, hits: Tensor | None) -> Measures:
     if isinstance(model, ModelFile):
-        return _file_measures(model, example)
+        return _file_measures(model, example, hits)
     layers, account = layer_costs(model, example), ledger(model)
     with torch.inference_mode():
         finite = bool(torch.isfinite(clone(model)(example)).all())
@@ -144,7 +168,7 @@ def _measures(model: nn.Module | ModelFile, example: Tensor, hits: Tensor | None
     )
 
 
-def _file_measures(file: ModelFile, example: Tensor) -> Measures:
+def _file_measures(file: ModelFile, example: Tensor, hits: Tensor | None) -> Measures:
     layers, parameters = file.layers(example), file.parameters()
     weights = sum(layer.parameters for layer in layers)
     return Measures(
@@ -154,7 +178,8 @@ def _file_measures(file: ModelFile, example: Tensor) -> Measures:
         macs=sum(layer.macs for layer in layers),
         sparsity=1 - sum(layer.nonzero for layer in layers) / max(weights, 1),
         peak_activation_bytes=None,  # torch's allocator has no part in it
-        layers=tuple(LayerCost(*layer) for layer in layers),
+        layers=tuple(LayerCost(*layer[:-1]) for layer in layers),  # all but the shape of the weights
+        hits=hits,
         finite=bool(torch.isfinite(runtime("openvino").prepare(file, example)(example).float()).all()),
     )
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from workbench.profiler.timing import checked_ms, latencies, undisturbed, warm_up
+from workbench.profiler.timing import checked_ms, latencies, undisturbed, warm_up, was_noisy
 from workbench.profiler.units import counted
 from workbench.runtimes import Prepared
 from workbench.runtimes import runtime as runtime_named
@@ -42,6 +42,8 @@ class ScenarioResult:
     `seconds` is the time the run took on its own clock, which stands still while the caller draws; `images` were
     answered in it. Only a server has `offered_per_second`, queries that arrive a second on average; `bound_ms`, which
     99 % of its queries must keep; and `waiting`: queries not answered at the end, which count with their wait so far.
+    `service_ms`, float (answered queries,): what each took to compute, without its wait in the queue. `busy` is
+    processor time by wall time of that computing, and None on a GPU; what a server idles is in neither.
     """
 
     scenario: str
@@ -55,6 +57,8 @@ class ScenarioResult:
     offered_per_second: float | None = None
     bound_ms: float | None = None
     waiting: int = 0
+    service_ms: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
+    busy: float | None = None
 
     @property
     def queries(self) -> int:
@@ -83,6 +87,15 @@ class ScenarioResult:
         """Whether 99 % of the queries were answered within the bound; None without a bound or a p99."""
         return None if self.bound_ms is None or self.p99_ms is None else self.p99_ms <= self.bound_ms
 
+    @property
+    def noisy(self) -> bool:
+        """True when the medians of the two halves differ by more than a tenth, or a tenth of the time went to others.
+
+        As `Latency.noisy`, of the times that queries took to compute. Waits are left out: in a queue a few arrivals
+        close together make one half of a run wait longer on the quietest machine.
+        """
+        return was_noisy(self.service_ms, self.busy)
+
     def _percentile(self, percent: float, fewest: int, otherwise: float | None = None) -> float | None:
         return float(np.percentile(self.latencies_ms, percent)) if self.queries >= fewest else otherwise
 
@@ -90,7 +103,7 @@ class ScenarioResult:
         """Return the figures as JSON can hold them."""
         names = (
             "scenario runtime precision batch threads queries images seconds images_per_second p50_ms p90_ms p99_ms "
-            "offered_per_second bound_ms kept waiting"
+            "offered_per_second bound_ms kept waiting busy noisy"
         )
         return {name: getattr(self, name) for name in names.split()}
 
@@ -100,9 +113,10 @@ class ScenarioResult:
         tails = {"p90": self.p90_ms, "p99": self.p99_ms}
         tail = "".join(f", {name} {value:.3g}" for name, value in tails.items() if value is not None)
         rate = f"{self.images_per_second:,.3g}" if self.images_per_second < 100 else f"{self.images_per_second:,.0f}"
+        noisy = ", noisy" if self.noisy else ""
         return (
             f"{self.scenario}: median {self.p50_ms:.3g} ms{tail}, {rate} images/s, "
-            f"{counted(self.queries, 'query', 'queries')} of {counted(self.batch, 'image')}{self._about_bound()}"
+            f"{counted(self.queries, 'query', 'queries')} of {counted(self.batch, 'image')}{noisy}{self._about_bound()}"
         )
 
     def _about_bound(self) -> str:
@@ -149,33 +163,74 @@ def server(
         raise ValueError(f"A server needs a rate and a bound above 0, not {offered}.")
     _one_image(prepared, "server")
     arrivals = _poisson(rate_per_second, seconds, seed)
-    answers, now = [], 0.0  # seconds on the clock of the run
+    serving, now = _Serving(prepared, arrivals), 0.0  # seconds on the clock of the run
     warm_up(prepared)
-    while len(answers) < len(arrivals) and now < 2 * seconds:
-        now = _serve(prepared, arrivals, answers, now)
-        yield _served(prepared, arrivals, answers, now, rate_per_second, bound_ms)
+    while len(serving.answers) < len(arrivals) and now < 2 * seconds:
+        now = serving.block(now)
+        yield serving.result(now, rate_per_second, bound_ms)
 
 
-def _serve(prepared: Prepared, arrivals: np.ndarray, answers: list[float], now: float) -> float:
-    """Answer queries for one block from `now` on, noting when; return what the clock then says."""
-    start, until = now, now + BLOCK_S
-    with undisturbed(prepared.threads):
-        prepared.run()  # the caller's drawing has left other things in the cache
-        began = time.perf_counter() - now
-        while len(answers) < len(arrivals) and start <= now < until:
-            _wait_until(began + arrivals[len(answers)])
-            prepared.run()
-            now = time.perf_counter() - began
-            answers.append(now)
-    return now
+@dataclass
+class _Computing:
+    """Adds up wall time and processor time between `begin` and `end`."""
+
+    wall_s: float = 0.0
+    processor_s: float = 0.0
+
+    def begin(self) -> None:
+        self.wall_s -= time.perf_counter()
+        self.processor_s -= time.process_time()
+
+    def end(self) -> None:
+        self.wall_s += time.perf_counter()
+        self.processor_s += time.process_time()
+
+    def busy(self, device: str) -> float | None:
+        return self.processor_s / self.wall_s if self.wall_s > 0 and device == "cpu" else None
 
 
-def _served(prepared, arrivals, answers, now, rate, bound_ms) -> ScenarioResult:
-    """Return the result so far: who has arrived and is not answered counts with the wait so far."""
-    arrived = max(len(answers), int(np.searchsorted(arrivals, now)))
-    waiting = arrived - len(answers)
-    waits_ms = 1000 * (np.array(answers + [now] * waiting) - arrivals[:arrived])
-    return _result("server", prepared, waits_ms, now, len(answers), rate, bound_ms, waiting)
+@dataclass
+class _Serving:
+    """A server at work: when it answered the queries so far, and how long each took to compute."""
+
+    prepared: Prepared
+    arrivals: np.ndarray
+    answers: list[float] = field(default_factory=list)
+    service_ms: list[float] = field(default_factory=list)
+    computing: _Computing = field(default_factory=_Computing)
+
+    def block(self, now: float) -> float:
+        """Answer queries for one block from `now` on, noting when; return what the clock then says."""
+        start, until = now, now + BLOCK_S
+        with undisturbed(self.prepared.threads):
+            self.prepared.run()  # the caller's drawing has left other things in the cache
+            began = time.perf_counter() - now
+            self.computing.begin()
+            while len(self.answers) < len(self.arrivals) and start <= now < until:
+                now = self._answer(began)
+            self.computing.end()
+        return now
+
+    def _answer(self, began: float) -> float:
+        arrival = began + self.arrivals[len(self.answers)]
+        if time.perf_counter() < arrival:
+            self.computing.end()
+            _wait_until(arrival)
+            self.computing.begin()
+        started = time.perf_counter()
+        self.prepared.run()
+        answered = time.perf_counter()
+        self.service_ms.append(1000 * (answered - started))
+        self.answers.append(answered - began)
+        return self.answers[-1]
+
+    def result(self, now: float, rate: float, bound_ms: float) -> ScenarioResult:
+        """Return the result so far: who has arrived and is not answered counts with the wait so far."""
+        arrived = max(len(self.answers), int(np.searchsorted(self.arrivals, now)))
+        waiting = arrived - len(self.answers)
+        waits_ms = 1000 * (np.array(self.answers + [now] * waiting) - self.arrivals[:arrived])
+        figures = (now, len(self.answers), rate, bound_ms, waiting)
+        return _result("server", self.prepared, waits_ms, self.service_ms, self.computing, *figures)
 
 
 def _poisson(rate: float, seconds: float, seed: int) -> np.ndarray:
@@ -198,23 +253,27 @@ def _one_image(prepared: Prepared, scenario: str) -> Prepared:
 
 
 def _one_after_another(scenario: str, prepared: Prepared, seconds: float) -> Iterator[ScenarioResult]:
-    taken_ms, spent = [], 0.0
+    taken_ms, spent, computing = [], 0.0, _Computing()
     warm_up(prepared)
     while spent < seconds:
         with undisturbed(prepared.threads):
             prepared.run()  # the caller's drawing has left other things in the cache
+            computing.begin()
             began = last = time.perf_counter()
             while began <= last < began + BLOCK_S:  # a clock that goes back ends it too, and is then refused
                 prepared.run()
                 before, last = last, time.perf_counter()
                 taken_ms.append(1000 * (last - before))
+            computing.end()
         spent += last - began
-        yield _result(scenario, prepared, np.array(taken_ms), spent, len(taken_ms) * prepared.batch)
+        taken = np.array(taken_ms)
+        yield _result(scenario, prepared, taken, taken, computing, spent, len(taken) * prepared.batch)
 
 
-def _result(scenario: str, prepared: Prepared, latencies_ms: np.ndarray, *figures) -> ScenarioResult:
+def _result(scenario, prepared: Prepared, latencies_ms, service_ms, computing: _Computing, *figures) -> ScenarioResult:
     how = (prepared.runtime, prepared.precision, prepared.batch, prepared.threads)
-    return ScenarioResult(scenario, *how, checked_ms(latencies_ms), *figures)
+    unrest = {"service_ms": np.array(service_ms), "busy": computing.busy(prepared.device)}
+    return ScenarioResult(scenario, *how, checked_ms(latencies_ms), *figures, **unrest)
 
 
 def scenarios(

@@ -90,12 +90,7 @@ class Latency:
 
         The latter is seen by the processor's time: a model that computes on the processor never waits by itself.
         """
-        if self.calls < 4:
-            return False
-        if self.busy is not None and self.busy < LEAST_BUSY:
-            return True
-        first, second = (float(np.median(half)) for half in np.array_split(self.samples_ms, 2))
-        return abs(first - second) > 0.1 * min(first, second)
+        return was_noisy(self.samples_ms, self.busy)
 
     def _percentile(self, percent: float) -> float:
         return float(np.percentile(self.samples_ms, percent)) if self.calls else math.nan
@@ -274,6 +269,16 @@ def checked_ms(taken: Sequence[float] | np.ndarray) -> Sequence[float] | np.ndar
         f"The clock says that a call took {wrong[0]:,.6g} ms, which cannot be. Perhaps the machine slept, its clock was"
         " set, or the model does nothing at all. Nothing of this run is reported; measure again."
     )
+
+
+def was_noisy(taken_ms: np.ndarray, busy: float | None) -> bool:
+    """Return True for times, float (calls,), taken on a machine that was not quiet; see `Latency.noisy`."""
+    if len(taken_ms) < 4:
+        return False
+    if busy is not None and busy < LEAST_BUSY:
+        return True
+    first, second = (float(np.median(half)) for half in np.array_split(taken_ms, 2))
+    return abs(first - second) > 0.1 * min(first, second)
 
 
 def _steady(first: float, second: float) -> bool:

@@ -33,14 +33,18 @@ KINDS = (
     "conversion overhead",
     "inside the noise",
     "faster",
+    "slower",
 )
 MANY_ZEROS = 0.2  # fewer are not meant to make a layer faster
 CONVERTS = 0.1  # of the total time, from which on a conversion is worth a verdict
 FEWER = 1.05  # times fewer multiply-adds, from which on one expects to gain time
 LANES = 16  # numbers in fp32 that AVX-512 computes at once: kernels take channels in such blocks
 LARGE = 0.1  # of the total time: a layer whose width is worth a measurement
+MOSTLY = 0.5  # of the total time: what takes more holds the whole up
 STEP = 1.1  # times more than its share of the multiply-adds must the odd width cost
-CONVERSIONS = ("InputQuantizer", "Reorder", "Convert", "fake_quantize")
+CONVERSIONS = ("InputQuantizer", "Reorder", "Convert", "fake_quantize", "QuantizeLinear", "DequantizeLinear")
+LOOK_INSIDE = "Let its layers be measured, as verdicts(model, example, baseline) does: they tell what holds it up."
+ASK_LAYERS = "Ask the verdicts on its layers: they tell what holds each of them up."
 ADVICE = {
     "launch-bound": "Give it more images a call, or merge or drop layers: smaller ones start as slowly.",
     "memory-bound": "Store its weights in fewer bits or factors, or share them among more images a call.",
@@ -102,10 +106,11 @@ class Taken:
 # --- the whole, without measuring --------------------------------------------------------------------------------
 
 
-def whole_verdict(now: Taken, baseline: Taken, known: Limits | None = None) -> Verdict:
+def whole_verdict(now: Taken, baseline: Taken, known: Limits | None = None, layers: Sequence[Verdict] = ()) -> Verdict:
     """Say whether a model is faster than its baseline, and if not why, from latencies taken in one run.
 
-    Nothing is measured here. With `known`, from `limits(runtime, threads)`, the evidence names the machine's limits.
+    Nothing is measured here, so nothing is blamed that was not: starting layers only with `known`, the measured
+    `limits(runtime, threads)`, and odd widths only where one of `layers`, the verdicts on them, timed even ones beside.
     """
     ratio = compare(now.latency, baseline.latency)
     if ratio.distinguishable and ratio.value > 1:
@@ -114,8 +119,12 @@ def whole_verdict(now: Taken, baseline: Taken, known: Limits | None = None) -> V
     if found:
         return Verdict(None, found[0], f"{found[1]}: {_took(ratio, now)}.", found[2])
     if now.macs * FEWER < baseline.macs:
-        return _smaller_but_not_faster(ratio, now, baseline, known)
-    return Verdict(None, "inside the noise", f"Nothing that costs time here was removed: {_took(ratio, now)}.")
+        return _smaller_but_not_faster(ratio, now, baseline, known, layers)
+    return Verdict(None, _outcome(ratio), f"Nothing that costs time here was removed: {_took(ratio, now)}.")
+
+
+def _outcome(ratio: Ratio) -> str:
+    return "slower" if ratio.distinguishable else "inside the noise"
 
 
 def _faster(ratio: Ratio, now: Taken, baseline: Taken) -> Verdict:
@@ -172,29 +181,22 @@ def _unused_zeros(zeros: float, runtime: str) -> tuple[str, str, str]:
     return "no kernel", evidence, "Remove whole channels: those are not multiplied."
 
 
-def _smaller_but_not_faster(ratio: Ratio, now: Taken, baseline: Taken, known: Limits | None) -> Verdict:
-    fewer = times(baseline.macs / max(1, now.macs))
-    more = len(now.costs) - len(baseline.costs)
-    odd = [cost.name for cost in now.costs if cost.output_shape and cost.output_shape[1] % LANES]
-    odd_before = sum(bool(cost.output_shape) and cost.output_shape[1] % LANES > 0 for cost in baseline.costs)
-    start = f"It multiplies {fewer} less, but {_took(ratio, now)}"
-    if len(odd) > odd_before and more <= 0 and _fixed_part(now, known) < 0.5:
-        names = listed(odd[:3]) + (" and others" if len(odd) > 3 else "")
-        kind, why = "unaligned width", f"{names} {'has' if len(odd) == 1 else 'have'} no multiple of {LANES} channels"
-        return Verdict(None, kind, f"{start}; {why}.", "Round its widths to such multiples.")
-    layers = counted(len(now.costs), "layer")
-    why = f"it has {counted(more, 'layer')} more to start" if more > 0 else f"it still has {layers} to start"
-    if known:
-        why += f", and starting {layers} takes {duration(_launches_ms(now, known))} here"
-    return Verdict(None, "launch-bound", f"{start}; {why}.", ADVICE["launch-bound"])
+def _smaller_but_not_faster(
+    ratio: Ratio, now: Taken, baseline: Taken, known: Limits | None, layers: Sequence[Verdict]
+) -> Verdict:
+    start = f"It multiplies {times(baseline.macs / max(1, now.macs))} less, but {_took(ratio, now)}"
+    odd = next((one for one in layers if one.kind == "unaligned width"), None)
+    if odd:
+        return Verdict(None, odd.kind, f"{start}; {odd.evidence}", odd.advice)
+    if known and _launches_ms(now, known) > MOSTLY * now.latency.median_ms:
+        count = counted(len(now.costs), "layer")
+        why = f"starting its {count} takes {duration(_launches_ms(now, known))} here"
+        return Verdict(None, "launch-bound", f"{start}; {why}.", ADVICE["launch-bound"])
+    return Verdict(None, _outcome(ratio), f"{start}.", ASK_LAYERS if layers else LOOK_INSIDE)
 
 
 def _launches_ms(now: Taken, known: Limits) -> float:
     return sum(known.start_ms(cost.kind) for cost in now.costs)
-
-
-def _fixed_part(now: Taken, known: Limits | None) -> float:
-    return _launches_ms(now, known) / now.latency.median_ms if known else 0.0
 
 
 def _took(ratio: Ratio, now: Taken) -> str:
@@ -217,7 +219,7 @@ def verdicts(
     each = layer_verdicts(model, example, found, known)
     if baseline is None:
         return [_of_the_whole(found, each, known), *each]
-    return [_versus(model, example, baseline, runtime, threads, known), *each]
+    return [_versus(model, example, baseline, runtime, threads, known, each), *each]
 
 
 def layer_verdicts(model: nn.Module, example: Tensor, found: LayerTimes, known: Limits) -> list[Verdict]:
@@ -377,7 +379,7 @@ def _adjective(kind: str) -> str:
     return words.get(kind, kind)
 
 
-def _versus(model, example, baseline, runtime: str, threads: int, known: Limits) -> Verdict:
+def _versus(model, example, baseline, runtime: str, threads: int, known: Limits, each: list[Verdict]) -> Verdict:
     """Time a model and its baseline in turns and judge the whole."""
     way = named_runtime(runtime)
     prepared = [way.prepare(model, example, threads), way.for_baseline().prepare(baseline, example, threads)]
@@ -385,4 +387,4 @@ def _versus(model, example, baseline, runtime: str, threads: int, known: Limits)
         Taken.of(one, latency, layer_costs(one, example), ready.kernels)
         for one, latency, ready in zip((model, baseline), latencies(prepared, budget_s=3.0), prepared, strict=True)
     ]
-    return whole_verdict(*taken, known)
+    return whole_verdict(*taken, known, each)

@@ -29,12 +29,12 @@ from workbench.profiler.verdicts import Verdict, verdicts
 from workbench.reports.words import text
 from workbench.runtimes import ModelFile, Runtime, RuntimeFailed, runtime
 from workbench.runtimes.base import cause
+from workbench.runtimes.layers import SHOW_LAYERS
 from workbench.subjects import Subject
 
 Progress = Callable[[str, float], Any]
 SECTIONS = ("layers", "roofline", "verdicts", "scenarios", "sweep", "software", "memory", "maps")
 NEEDS = {"roofline": ("layers",)}  # the layers are its points
-SHOW_LAYERS = ("openvino", "eager", "cuda")  # runtimes that do, the first is asked first
 PROFILE_PART = 0.3  # of the progress bar, where further sections follow
 
 

@@ -98,10 +98,10 @@ def layer_table(report: Report) -> Table:
 def scenario_table(report: Report) -> Table:
     """Return one row a scenario."""
     heads = ("scenario", "batch", "queries", "median, ms", "p90, ms", "p99, ms", "bound, ms", "images a second")
-    rows = [
-        (name, r.batch, r.queries, r.p50_ms, r.p90_ms, r.p99_ms, r.bound_ms, r.images_per_second)
-        for name, r in report.scenarios.items()
-    ]
+    rows = []
+    for name, r in report.scenarios.items():
+        noisy = " (noisy)" if r.noisy else ""
+        rows.append((name + noisy, r.batch, r.queries, r.p50_ms, r.p90_ms, r.p99_ms, r.bound_ms, r.images_per_second))
     return heads, rows
 
 
@@ -195,6 +195,8 @@ def _scenarios(report: Report) -> Iterator[str]:
     for one in report.scenarios.values():
         if one.kept is not None:
             yield f"  the bound of {number(one.bound_ms)} ms was {'kept' if one.kept else 'broken'}"
+    if any(one.noisy for one in report.scenarios.values()):
+        yield "  noisy: the machine was not quiet while they were taken"
 
 
 def _sweep(report: Report) -> Iterator[str]:

@@ -26,7 +26,10 @@ KINDS = {"Convolution": "Convolution", "GroupConvolution": "Convolution", "MatMu
 
 
 class FileLayer(NamedTuple):
-    """One multiplying layer of a file, counted on one image; `nonzero` counts the weights that are not 0."""
+    """One multiplying layer of a file, counted on one image; `nonzero` counts the weights that are not 0.
+
+    `weight_shape` is that of its weights as torch would hold them, with groups inside the first axis.
+    """
 
     name: str
     kind: str
@@ -34,6 +37,7 @@ class FileLayer(NamedTuple):
     nonzero: int
     macs: int
     output_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,9 @@ def _counted(node, batch: int) -> Iterator[FileLayer]:
     each = math.prod(shape) // channels  # multiplications behind one output number
     values = np.asarray(weights.data)
     macs = each * math.prod(output) // batch
-    yield FileLayer(node.get_friendly_name(), kind, values.size, int(np.count_nonzero(values)), macs, (1, *output[1:]))
+    counts = (values.size, int(np.count_nonzero(values)), macs)
+    held = (shape[0] * shape[1], *shape[2:]) if node.get_type_name() == "GroupConvolution" else shape
+    yield FileLayer(node.get_friendly_name(), kind, *counts, (1, *output[1:]), held)
 
 
 def _constant(node):

@@ -1,24 +1,31 @@
-"""A prepared model that also tells how long each of its layers took: torch by its modules, OpenVINO by its counters.
+"""A prepared model that also tells how long each of its layers took: torch by its modules, the others by themselves.
 
 torch times each layer around its own `forward` with the processor's clock or the GPU's events; OpenVINO counts inside
-(`PERF_COUNT`, as `benchmark_app -pc` does). Both are copies: the model that is timed end to end stays undisturbed.
+(`PERF_COUNT`, as `benchmark_app -pc` does), and ONNX Runtime has a profiler. All are copies: the model that is timed
+end to end stays undisturbed.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from workbench.runtimes.base import Prepared, RuntimeFailed
+from workbench.runtimes.base import threads as using_threads
 from workbench.runtimes.cuda import PreparedCuda, PreparedGraph
 from workbench.runtimes.eager import DTYPES, PreparedEager
 from workbench.runtimes.files import ModelFile
+from workbench.runtimes.onnx import Node, OnnxRuntime, PreparedOnnxRuntime
 from workbench.runtimes.openvino import PreparedOpenVINO, executed
 from workbench.runtimes.sparse import SPARSE_KERNEL, SparseLayer
 from workbench.surgery import clone, model_class, weighted_layers
@@ -27,6 +34,10 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.Tr
 COUNTERS = 4  # copies that OpenVINO counts in: it gives only averages, and those of the least disturbed copy are taken
 COLD_CALLS = 5  # the first calls of a compiled model set up its scratch space, and the counters cannot be cleared
 IN_A_ROW = 20  # calls of one copy before the next
+EMPTY_NODES = 64  # in the model that shows what ONNX Runtime's profiler takes by itself
+EMPTY_CALLS = 100
+SHOW_LAYERS = ("openvino", "eager", "cuda", "onnxruntime")  # runtimes that do; a report asks the first that runs
+TYPES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "double": "fp64", "uint8": "int8"}  # of ONNX
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,7 @@ class Instrumented(Prepared):
     """A copy of a prepared model that notes its layers' times whenever it runs."""
 
     parts: tuple[Part, ...]
+    grows = True  # its times can be asked for while it runs; else asking ends them
 
     def __init__(self, prepared: Prepared):
         self.__dict__.update(prepared.__dict__)
@@ -65,7 +77,9 @@ def instrumented(prepared: Prepared) -> Instrumented:
         return InstrumentedTorch(prepared)
     if isinstance(prepared, PreparedOpenVINO):
         return InstrumentedOpenVINO(prepared)
-    raise RuntimeFailed(f"{prepared.runtime} does not show its layers; choose eager, openvino or cuda.")
+    if isinstance(prepared, PreparedOnnxRuntime):
+        return InstrumentedOnnxRuntime(prepared)
+    raise RuntimeFailed(f"{prepared.runtime} does not show its layers; choose one of {', '.join(SHOW_LAYERS)}.")
 
 
 # --- torch ---------------------------------------------------------------------------------------------------------
@@ -248,3 +262,89 @@ def _layers_of(prepared: PreparedOpenVINO) -> dict[str, tuple[str, int]]:
         counted = prepared.model.layers(prepared.example)
         return {layer.name: (layer.kind, layer.macs // math.prod(layer.output_shape)) for layer in counted}
     return {name: (model_class(x).__name__, x.weight[0].numel()) for name, x in weighted_layers(prepared.model)}
+
+
+# --- ONNX Runtime --------------------------------------------------------------------------------------------------
+
+
+class InstrumentedOnnxRuntime(Instrumented):
+    """A second session of the same model, under ONNX Runtime's own profiler, which tells only when it is ended.
+
+    The profiler's own work falls inside each node's time, and is several times what a small node takes: it is measured
+    once, on nodes that compute next to nothing, with weights and without, and taken off.
+    """
+
+    grows = False
+
+    def __init__(self, prepared: PreparedOnnxRuntime):
+        super().__init__(prepared)
+        folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self._session, self._nodes = prepared.profiling(folder.name)
+        self._folder = folder  # goes with this copy, after the session that has a file open in it
+
+    def run(self) -> None:
+        self._session.run(None, self._feed)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return tuple(_onnx_parts(self._ended[0], self._nodes))
+
+    def times_ms(self) -> np.ndarray:
+        own = np.array([_profiler_ms(self.threads, part.weight_bytes > 0) for part in self.parts])
+        return np.maximum(self.noted_ms() - own, 0)
+
+    def noted_ms(self) -> np.ndarray:
+        """Return the mean of the middle half of each node's times: a median would be in whole microseconds."""
+        rows = np.sort(self._ended[1], axis=0)
+        quarter = len(rows) // 4
+        return rows[quarter : len(rows) - quarter].mean(axis=0)
+
+    @cached_property
+    def _ended(self) -> tuple[list[dict], np.ndarray]:
+        """End the profiler and return what it told of each node, in the order they ran, and float (calls, nodes)."""
+        with open(self._session.end_profiling(), encoding="utf-8") as file:
+            events = [event for event in json.load(file) if event["cat"] == "Node"]
+        taken, told = defaultdict(list), {}
+        for event in events:
+            key = (event["name"], event["args"]["node_index"])
+            taken[key].append(event["dur"] / 1000)
+            told.setdefault(key, event)
+        calls = min(map(len, taken.values()))  # ONNX Runtime notes a million events at most, and leaves out the rest
+        return list(told.values()), np.array([ms[:calls] for ms in taken.values()]).T
+
+
+@lru_cache(maxsize=8)
+def _profiler_ms(threads: int, weights: bool) -> float:
+    """Return what the profiler takes inside a node's time: that time less what an empty node takes without it."""
+    empty = nn.Sequential(*(nn.Linear(1, 1) if weights else nn.Tanh() for _ in range(EMPTY_NODES))).eval()
+    prepared = PreparedOnnxRuntime(OnnxRuntime(), empty, torch.zeros(1, 1), threads)
+    copy, taken = InstrumentedOnnxRuntime(prepared), []
+    with using_threads(threads):
+        for _ in range(EMPTY_CALLS):
+            taken.append(prepared.timed())
+            copy.run()
+    noted = copy.noted_ms()
+    return max(0.0, float(np.median(noted)) - float(np.median(taken)) / len(noted))
+
+
+def _onnx_parts(events: list[dict], nodes: list[Node]) -> Iterator[Part]:
+    """Yield one part an event; a node without a name goes by its kind, in the order in which both run."""
+    waiting = list(nodes)
+    for event in events:
+        name, told = event["name"].removesuffix("_kernel_time"), event["args"]
+        ran = next((n for n in waiting if n.name == name), None) or next(
+            (n for n in waiting if not n.name and n.kind == told["op_name"]), Node(name, told["op_name"], None, 0, 0)
+        )
+        if ran in waiting:
+            waiting.remove(ran)
+        moved = int(told["activation_size"]) + int(told["output_size"]) - ran.computed_bytes
+        kernel, call = ran.kernel, ran.call
+        computes = kernel.precision if ran.multiplies else _type_of(told)
+        which = (call.layer, call.kind, call.macs) if call else (name, ran.kind, 0)
+        yield Part(*which, ran.weight_bytes, moved, computes, ran.kind)
+
+
+def _type_of(told: dict) -> str:
+    """Return what numbers a node gives, as ONNX Runtime's profiler tells."""
+    kind = next((kind for shape in told["output_type_shape"] for kind in shape), "float")
+    return TYPES.get(kind, kind)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 import os
 import tempfile
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from workbench.runtimes.base import Kernel, Prepared, Runtime, RuntimeFailed, precisions, quiet
 from workbench.runtimes.eager import bake, is_fake_quantized
 from workbench.runtimes.files import ModelFile
-from workbench.surgery import clone
+from workbench.surgery import clone, model_class, weighted_layers
 from workbench.weights import FakeQuantize, InputQuantizer, WeightCode, describe, split_groups
 
 OPSET = 17  # has every operator needed, and is read by runtimes some years old
+BLOCK = 16  # channels: kernels that compute so many at once hold weights filled up with zeros
 
 
 class RoundedInput(nn.Module):
@@ -128,10 +129,11 @@ def _as_integers(name: str, code: WeightCode) -> tuple[list, list]:
     return tensors, nodes
 
 
-def session(source: bytes | str, threads: int = 1, optimized: str | None = None) -> Any:
+def session(source: bytes | str, threads: int = 1, optimized: str = "", profile: str = "") -> Any:
     """Return an onnxruntime.InferenceSession on the processor for a model's bytes or path.
 
-    `optimized`: where the graph is written as it really runs.
+    `optimized`: where the graph is written as it really runs. `profile`: how the name of the file begins that the
+    session's `end_profiling` writes, with the time of each node of each call.
     """
     import onnxruntime
 
@@ -141,6 +143,8 @@ def session(source: bytes | str, threads: int = 1, optimized: str | None = None)
     options.add_session_config_entry("session.x64quantprecision", "1")  # else sums saturate on processors without VNNI
     if optimized:
         options.optimized_model_filepath = optimized
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
@@ -149,18 +153,28 @@ class PreparedOnnxRuntime(Prepared):
 
     def __init__(self, runtime: Runtime, model: nn.Module | ModelFile, example: Tensor, threads: int):
         super().__init__(runtime, example, threads)
-        named = isinstance(model, ModelFile)
+        self.model, named = model, isinstance(model, ModelFile)
         self._takes = (model.input_name, model.dtype) if named else ("input", torch.float32)
         with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "runs.onnx")
-            source = str(model.path) if named else onnx_model(model, example).SerializeToString()
-            self._session = session(source, threads, path)
-            self.kernels = tuple(_kernels(path))
+            self._session, nodes = self._begun(folder)
+        self.kernels = tuple(node.kernel for node in nodes if node.multiplies)
         self.precision = precisions([kernel.precision for kernel in self.kernels])
         self._feed = feed(example, *self._takes)
         if not named and is_fake_quantized(model):
             fast = sum(kernel.precision == "int8" for kernel in self.kernels)
             self.note = f"{fast} of {len(self.kernels)} layers run int8 kernels"
+
+    def _begun(self, folder: str, profile: str = "") -> tuple[Any, list[Node]]:
+        """Return a session of the model, and the nodes that it really runs, which it writes to `folder`."""
+        path = os.path.join(folder, "runs.onnx")
+        named = isinstance(self.model, ModelFile)
+        source = str(self.model.path) if named else onnx_model(self.model, self.example).SerializeToString()
+        return session(source, self.threads, path, profile), _nodes(path, _calls(self.model, self.example))
+
+    def profiling(self, folder: str) -> tuple[Any, list[Node]]:
+        """Return a session of the same model that notes the time of each node, and those nodes; see `session`."""
+        with quiet(), torch.inference_mode():
+            return self._begun(folder, os.path.join(folder, "profile"))
 
     def __call__(self, batch: Tensor) -> Tensor:
         return torch.from_numpy(self._session.run(None, feed(batch, *self._takes))[0])
@@ -174,14 +188,109 @@ def feed(batch: Tensor, name: str = "input", dtype: torch.dtype = torch.float32)
     return {name: batch.detach().to(dtype).contiguous().numpy()}
 
 
-def _kernels(path: str) -> Iterator[Kernel]:
-    """Read the multiplying layers from the graph that a session really runs."""
-    import onnx
+class Call(NamedTuple):
+    """A call of a multiplying layer with the whole batch; `shape` is that of its weights."""
 
-    for node in onnx.load(path, load_external_data=False).graph.node:
-        if any(word in node.op_type for word in ("Conv", "Gemm", "MatMul")) and "Cast" not in node.op_type:
-            whole = node.op_type.startswith("Q") or "Integer" in node.op_type
-            yield Kernel(node.name, "int8" if whole else "fp32", node.op_type)
+    layer: str
+    kind: str
+    macs: int
+    shape: tuple[int, ...]
+
+
+class Node(NamedTuple):
+    """A node of the graph that a session really runs.
+
+    `call` is that of the layer that it stems from, None where it multiplies nothing by weights. `weight_bytes` are
+    those of its constants; `computed_bytes` those of them that another node computes from constants in each call.
+    """
+
+    name: str
+    kind: str
+    call: Call | None
+    weight_bytes: int
+    computed_bytes: int
+
+    @property
+    def multiplies(self) -> bool:
+        return any(word in self.kind for word in ("Conv", "Gemm", "MatMul")) and "Cast" not in self.kind
+
+    @property
+    def kernel(self) -> Kernel:
+        whole = self.kind.startswith("Q") or "Integer" in self.kind
+        return Kernel(self.call.layer if self.call else self.name, "int8" if whole else "fp32", self.kind)
+
+
+def _calls(model: nn.Module | ModelFile, example: Tensor) -> list[Call]:
+    """Return the calls of multiplying layers in their order; a file's layers are those that it names."""
+    if isinstance(model, ModelFile):
+        found = model.layers(example)
+        return [Call(one.name, one.kind, one.macs * len(example), one.weight_shape) for one in found]
+    calls, hooks = [], []
+    for name, layer in weighted_layers(model):
+
+        def hook(held, _args, output, name=name):
+            shape = tuple(held.weight.shape)
+            calls.append(Call(name, model_class(held).__name__, math.prod(shape[1:]) * output.numel(), shape))
+
+        hooks.append(layer.register_forward_hook(hook))
+    try:
+        model(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+class _Constant(NamedTuple):
+    """A tensor that does not depend on the input; `computed` where a node makes it anew in each call."""
+
+    shape: tuple[int, ...]
+    nbytes: int
+    computed: bool
+
+
+def _nodes(path: str, calls: list[Call]) -> list[Node]:
+    """Read the graph that a session wrote, and find the layer of each node that multiplies."""
+    import onnx
+    from onnx.helper import tensor_dtype_to_np_dtype
+
+    graph, waiting, nodes = onnx.load(path, load_external_data=False).graph, list(calls), []
+    constants = {
+        one.name: _Constant(
+            tuple(one.dims), math.prod(one.dims) * tensor_dtype_to_np_dtype(one.data_type).itemsize, False
+        )
+        for one in graph.initializer
+    }
+    for node in graph.node:
+        held = {name: constants[name] for name in node.input if name in constants}
+        if held and len(held) == len(set(filter(None, node.input))):  # weights that are read from their codes
+            shape = max((one.shape for one in held.values()), key=math.prod)
+            constants |= {name: _Constant(shape, 4 * math.prod(shape), True) for name in node.output}
+        total, computed = (sum(one.nbytes for one in held.values() if one.computed >= only) for only in (False, True))
+        found = Node(node.name, node.op_type, None, total, computed)
+        nodes.append(found._replace(call=_call_of(node.name, held, waiting)) if found.multiplies else found)
+    return nodes
+
+
+def _call_of(name: str, held: dict[str, _Constant], waiting: list[Call]) -> Call | None:
+    """Take the first of the waiting calls that a node computes: by a name that was kept, else by its weights' shape."""
+    if not held:
+        return None
+    weight, constant = max(held.items(), key=lambda item: math.prod(item[1].shape))
+    same = (
+        lambda call: call.layer == name or f"{weight}.".startswith(f"{call.layer}.weight."),
+        lambda call: constant.shape in (call.shape, call.shape[::-1]),
+        lambda call: _filled_up(constant.shape, call.shape),
+    )
+    found = next((call for alike in same for call in waiting if alike(call)), None)
+    if found:
+        waiting.remove(found)
+    return found
+
+
+def _filled_up(held: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Return True where weights are those of `shape` with channels added until their blocks are full."""
+    return held[2:] == shape[2:] and all(0 <= a - b < BLOCK for a, b in zip(held[:2], shape[:2], strict=False))
 
 
 class OnnxRuntime(Runtime):

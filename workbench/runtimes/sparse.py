@@ -68,8 +68,8 @@ def require_sparse(refusals: dict[str, str]) -> None:
     reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(refusals.values()).most_common())
     has = f"its layers that multiply are {reasons}" if reasons else "it has none that multiplies"
     raise RuntimeFailed(
-        f"No layer of this model can run on a 2:4 sparse kernel: {has}. SemiStructuredPruning makes weights 2:4 sparse;"
-        " or run it on cuda half."
+        f"No layer of this model can run on a 2:4 sparse kernel: {has}. SemiStructuredPruning makes weights 2:4 "
+        "sparse; or run it on cuda half."
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -77,11 +79,24 @@ def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
         norm.reset_running_stats()
         norm.momentum = 1.0  # the statistics of this batch alone
         norm.train()
-    with torch.no_grad():
+    with torch.no_grad(), _channels_last(model):
         model(batches[0])
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model.eval()
+
+
+@contextlib.contextmanager
+def _channels_last(model: nn.Module) -> Iterator[None]:
+    """Lay kernels of convolutions out channels last inside the block: the processor is quicker with these."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    for layer in layers:
+        layer.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.to(memory_format=torch.contiguous_format)
 
 
 def training_images(data: Any) -> Split:
