@@ -303,7 +303,8 @@ def test_verdicts_read_which_layers_skip_zeros():
         Taken.of(sparse, now, layer_costs(sparse, images()), kernels),
         Taken.of(dense, then, layer_costs(dense, images())),
     )
-    assert judge(slow, [], quick).kind == "no kernel" and judge(slow, kernels, quick).kind == "inside the noise"
+    assert judge(slow, [], quick).kind == "no kernel" and judge(slow, kernels, quick).kind == "slower"
+    assert "1 of 2 layers run 2:4 sparse kernels, and yet" in judge(slow, kernels, quick).evidence
     assert "1 of 2 layers run 2:4 sparse kernels" in judge(quick, kernels, slow).evidence
     layer = LayerTime("2", "Conv2d", 1.0, 0.5, 1, 1, 1, "fp16", SPARSE_KERNEL)
     assert _missing_kernel(layer, sparse[2], "cuda 2:4") is None
