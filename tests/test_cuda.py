@@ -13,6 +13,7 @@ from test_profiler import taken as rounds
 from test_runtimes import TOLERANCE, images, outputs, quantized, vgg
 from torch import nn
 
+from workbench.cli.main import parser as cli_parser
 from workbench.panel import lesson
 from workbench.profiler import (
     latencies,
@@ -32,7 +33,15 @@ from workbench.profiler.layers import LayerTime
 from workbench.profiler.verdicts import Taken, _missing_kernel
 from workbench.reports import investigate
 from workbench.runtimes import RUNTIMES, SPARSE_KERNEL, Kernel, RuntimeFailed, bake, runtime
-from workbench.runtimes.cuda import LEAST_FLUSH_BYTES, Cuda, PreparedGraph, computing_in, flush_bytes, lacking
+from workbench.runtimes.cuda import (
+    LEAST_FLUSH_BYTES,
+    Cuda,
+    PreparedGraph,
+    _tf32_switches,
+    computing_in,
+    flush_bytes,
+    lacking,
+)
 from workbench.runtimes.layers import instrumented, parts_of
 from workbench.runtimes.sparse import (
     MULTIPLE,
@@ -52,7 +61,6 @@ ON_GPU = [one.name for one in RUNTIMES if one.device == "cuda"]
 DENSE = [name for name in ON_GPU if name != "cuda 2:4"]
 CASES = {"cuda": "fp32", "cuda tf32": "tf32", "cuda half": "fp16", "cuda bfloat16": "bf16", "cuda graph": "fp16"}
 SCRIPT = Path(__file__).parent.parent / "scripts" / "make_gpu_records.py"
-SWITCHES = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
 
 
 def two_four(model):
@@ -142,15 +150,19 @@ def test_the_script_s_profiles_are_kept_a_line_each_and_shown_with_gpu_and_day(t
 # --- switches ------------------------------------------------------------------------------------------------------
 
 
-def test_both_switches_of_tf32_are_set_and_put_back():
-    before = [place.fp32_precision for place in SWITCHES], torch.backends.cudnn.benchmark
+def test_all_switches_of_tf32_are_set_and_put_back():
+    switches = _tf32_switches()
+    assert {id(torch.backends.cuda.matmul)} < {id(place) for place, *_ in switches}
+    now = lambda: [getattr(place, name) for place, name, *_ in switches]
+    before = now(), torch.backends.cudnn.benchmark
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for precision, word in (("fp32", "ieee"), ("tf32", "tf32"), ("fp16", "ieee")):
+        for precision in ("fp32", "tf32", "fp16"):
             with pytest.raises(ZeroDivisionError), computing_in(precision):
-                assert [place.fp32_precision for place in SWITCHES] == [word] * 3 and torch.backends.cudnn.benchmark
+                assert now() == [on if precision == "tf32" else off for *_, off, on in switches]
+                assert torch.backends.cudnn.benchmark
                 raise ZeroDivisionError
-            assert ([place.fp32_precision for place in SWITCHES], torch.backends.cudnn.benchmark) == before
+            assert (now(), torch.backends.cudnn.benchmark) == before
 
 
 def test_a_user_of_the_old_switches_can_still_read_them():
@@ -158,7 +170,7 @@ def test_a_user_of_the_old_switches_can_still_read_them():
     try:
         torch.backends.cuda.matmul.allow_tf32 = True
         with computing_in("fp32"):
-            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+            assert next(getattr(place, name) for place, name, *_ in _tf32_switches()) in ("ieee", False)
         assert torch.backends.cuda.matmul.allow_tf32 is True
     finally:
         torch.backends.cuda.matmul.allow_tf32 = old
@@ -181,6 +193,11 @@ def test_flushing_is_a_copy_and_reaches_the_baseline():
 def test_a_profile_takes_the_option_where_there_is_nothing_to_flush():
     found = profile(vgg(), images(), runtimes=["eager"], calls=5, throughput_batch=2, flush_l2=True)
     assert "flushed" not in " ".join(found.sentences())
+
+
+def test_the_command_line_has_the_option():
+    read = lambda *flags: cli_parser([]).parse_args(["profile", "glyphs-cnn", *flags])
+    assert read("--flush-l2").flush_l2 and not read().flush_l2
 
 
 def test_the_sentences_of_a_profile_tell_the_note_and_the_baseline_s_runtime():
@@ -287,6 +304,7 @@ def test_verdicts_read_which_layers_skip_zeros():
         Taken.of(dense, then, layer_costs(dense, images())),
     )
     assert judge(slow, [], quick).kind == "no kernel" and judge(slow, kernels, quick).kind == "slower"
+    assert "1 of 2 layers run 2:4 sparse kernels, and yet" in judge(slow, kernels, quick).evidence
     assert "1 of 2 layers run 2:4 sparse kernels" in judge(quick, kernels, slow).evidence
     layer = LayerTime("2", "Conv2d", 1.0, 0.5, 1, 1, 1, "fp16", SPARSE_KERNEL)
     assert _missing_kernel(layer, sparse[2], "cuda 2:4") is None

@@ -120,7 +120,15 @@ def whole_verdict(now: Taken, baseline: Taken, known: Limits | None = None, laye
         return Verdict(None, found[0], f"{found[1]}: {_took(ratio, now)}.", found[2])
     if now.macs * FEWER < baseline.macs:
         return _smaller_but_not_faster(ratio, now, baseline, known, layers)
-    return Verdict(None, _outcome(ratio), f"Nothing that costs time here was removed: {_took(ratio, now)}.")
+    skipping = _skipping(now)
+    start = f"{skipping}, and yet" if skipping else "Nothing that costs time here was removed:"
+    return Verdict(None, _outcome(ratio), f"{start} {_took(ratio, now)}.")
+
+
+def _skipping(now: Taken) -> str:
+    """Say how many layers run kernels that skip zeros, or return ""."""
+    count = sum(kernel.implementation == SPARSE_KERNEL for kernel in now.kernels)
+    return f"{count} of {counted(len(now.kernels), 'layer')} run {SPARSE_KERNEL} kernels" if count else ""
 
 
 def _outcome(ratio: Ratio) -> str:
@@ -132,9 +140,8 @@ def _faster(ratio: Ratio, now: Taken, baseline: Taken) -> Verdict:
     precision = now.latency.precision
     if fewer > FEWER:
         reason = f", for {times(fewer)} fewer multiply-adds"
-    elif SPARSE_KERNEL in (kernel.implementation for kernel in now.kernels):
-        skipping = sum(kernel.implementation == SPARSE_KERNEL for kernel in now.kernels)
-        reason = f": {skipping} of {counted(len(now.kernels), 'layer')} run {SPARSE_KERNEL} kernels"
+    elif _skipping(now):
+        reason = f": {_skipping(now)}"
     elif precision != baseline.latency.precision:
         reason = f": its kernels compute in {precision}, the baseline's in {baseline.latency.precision}"
     else:
@@ -151,8 +158,7 @@ def _missing_kernels(now: Taken, baseline: Taken) -> Iterator[tuple[str, str, st
             yield _not_integer(fewest, now.integer_inputs, runtime, counted(len(slow), "layer"))
         elif fewest < 8:
             yield _too_few_bits(fewest, runtime)
-    skips = any(kernel.implementation == SPARSE_KERNEL for kernel in now.kernels)
-    if not skips and now.zeros - baseline.zeros > MANY_ZEROS and now.macs * FEWER >= baseline.macs:
+    if not _skipping(now) and now.zeros - baseline.zeros > MANY_ZEROS and now.macs * FEWER >= baseline.macs:
         yield _unused_zeros(now.zeros, runtime)
 
 
