@@ -218,4 +218,4 @@ def test_images_that_do_not_fit_into_a_file_are_refused(written):
 def test_a_file_that_none_of_the_runtimes_runs_says_why(written):
     _, paths = written
     with pytest.raises(RuntimeFailed, match=r"run this model\. The runtime eager runs torch models"):
-        profile_module._ready(read_model_file(paths["ONNX"]), EXAMPLE, [runtime("eager")])
+        profile_module._first_that_runs(read_model_file(paths["ONNX"]), EXAMPLE, [runtime("eager")])

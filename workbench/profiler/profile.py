@@ -109,13 +109,15 @@ def _answers(model: nn.Module | ModelFile, split: Split, chosen: Sequence[Runtim
     if not isinstance(model, ModelFile):
         yield from predictions(model, split)
         return
-    prepared = _ready(model, split.batch(torch.arange(model.fixed_batch or ANSWERED) % max(1, len(split)))[0], chosen)
+    prepared = _first_that_runs(
+        model, split.batch(torch.arange(model.fixed_batch or ANSWERED) % max(1, len(split)))[0], chosen
+    )
     for images, labels in split.batches(prepared.batch):
         full = repeated(images, prepared.batch)
         yield prepared(full)[: len(labels)].argmax(1), labels
 
 
-def _ready(file: ModelFile, example: Tensor, chosen: Sequence[Runtime]) -> Prepared:
+def _first_that_runs(file: ModelFile, example: Tensor, chosen: Sequence[Runtime]) -> Prepared:
     reasons = []
     for one in chosen:
         try:
