@@ -2,8 +2,9 @@
 
 On glyphs-cnn and five models of torchvision: ten repeated medians within 5 % of their middle, or called noisy;
 agreement with `torch.utils.benchmark` within 5 %, timed in turns; at most 2 % more time for timed calls than for the
-same calls by themselves. On glyphs-cnn in fp32 and int8: the order of the scenarios, and the server's bound. A machine
-that does other work meanwhile misses some of these, so the last line tells its load.
+same calls by themselves. On glyphs-cnn in fp32 and int8: the order of the scenarios, and the server's bound, which
+most of three runs must keep. A machine that does other work meanwhile misses some of these, so the last line tells its
+load.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ import torch
 from torch.utils import benchmark
 
 import workbench as wb
-from workbench.profiler import environment, latency, scenarios
+from workbench.profiler import ScenarioResult, environment, latency, scenarios
 from workbench.profiler.timing import undisturbed
 from workbench.runtimes import Prepared, runtime
 
+SERVER_RUNS = 3  # each with other arrivals
 MODELS = ("glyphs-cnn", "resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "squeezenet1_1", "mnasnet0_5")
 REPEATS, FEWEST_ALIKE = 10, 9
 ALIKE, OVERHEAD = 0.05, 0.02
@@ -158,9 +160,10 @@ def scenario_order(runtime_name: str) -> Iterator[Finding]:
     models = {"fp32": model, "int8": wb.Quantization(weight_bits=8).compress(model, data)}
     found = {}
     for precision, one in models.items():
-        for found[precision] in scenarios(one, data.example(64), runtime_name):
-            pass
-        yield from _ordered(f"glyphs-cnn {precision}", found[precision])
+        runs = [_last(scenarios(one, data.example(64), runtime_name, seed=seed)) for seed in range(SERVER_RUNS)]
+        found[precision] = runs[0]
+        yield from _ordered(f"glyphs-cnn {precision}", runs[0])
+        yield _bound_kept(f"glyphs-cnn {precision}", [run["server"] for run in runs])
     rates = {name: [found[p][name].images_per_second for p in models] for name in found["fp32"]}
     words = ", ".join(f"{name} {int8 / fp32:.2f}×" for name, (fp32, int8) in rates.items())
     yield Finding("glyphs-cnn", "int8 answers more", words, all(int8 > fp32 for fp32, int8 in rates.values()))
@@ -173,9 +176,20 @@ def _ordered(name: str, found: dict) -> Iterator[Finding]:
     yield Finding(name, "order of throughput", words, rates == sorted(rates, reverse=True))
     words = f"median alone {alone.p50_ms:.3g} ms, served {served.p50_ms:.3g} ms"
     yield Finding(name, "waiting in a queue takes time", words, alone.p50_ms < served.p50_ms)
-    tail = "unknown" if served.p99_ms is None else f"{served.p99_ms:.3g} ms"
-    words = f"p99 {tail} at 80 % of capacity, bound {served.bound_ms:.3g} ms"
-    yield Finding(name, "server keeps its bound", words, served.kept is True)
+
+
+def _bound_kept(name: str, served: list[ScenarioResult]) -> Finding:
+    """Return whether most runs of the server kept their bound: a machine that stands still once breaks one of them."""
+    tails = ", ".join("unknown" if one.p99_ms is None else f"{one.p99_ms:.3g}" for one in served)
+    bounds = ", ".join(f"{one.bound_ms:.3g}" for one in served)
+    kept = sum(one.kept is True for one in served)
+    words = f"in {kept} of {len(served)} runs at 80 % of capacity: p99 {tails} ms, bounds {bounds} ms"
+    return Finding(name, "server keeps its bound", words, kept > len(served) / 2)
+
+
+def _last(running: Iterator[dict[str, ScenarioResult]]) -> dict[str, ScenarioResult]:
+    *_, found = running
+    return found
 
 
 if __name__ == "__main__":
