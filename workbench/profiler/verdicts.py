@@ -43,7 +43,7 @@ LARGE = 0.1  # of the total time: a layer whose width is worth a measurement
 MOSTLY = 0.5  # of the total time: what takes more holds the whole up
 STEP = 1.1  # times more than its share of the multiply-adds must the odd width cost
 CONVERSIONS = ("InputQuantizer", "Reorder", "Convert", "fake_quantize", "QuantizeLinear", "DequantizeLinear")
-LOOK_INSIDE = "Let its layers be measured, as verdicts(model, example, baseline) does: they tell what holds it up."
+LOOK_INSIDE = "Measured one by one, its layers tell what holds it up: see the verdicts of the profiler."
 ASK_LAYERS = "Ask the verdicts on its layers: they tell what holds each of them up."
 ADVICE = {
     "launch-bound": "Give it more images a call, or merge or drop layers: smaller ones start as slowly.",
