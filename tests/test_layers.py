@@ -405,7 +405,7 @@ def test_fewer_operations_that_do_not_pay_are_blamed_on_nothing_that_was_not_mea
     odd = nn.Sequential(nn.Flatten(), nn.Linear(784, 51)).eval()
     for model in (factors, odd):
         found = slower(model, square)
-        assert found.kind == "slower" and "its layers be measured" in found.advice
+        assert found.kind == "slower" and "its layers tell" in found.advice
         assert "start" not in str(found) and "multiple" not in str(found)
         assert slower(model, square, ms=1.0).kind == "inside the noise"
     assert slower(square, square).kind == "slower" and slower(square, square).advice == ""
