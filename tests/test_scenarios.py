@@ -140,6 +140,14 @@ def test_waits_in_a_queue_do_not_make_a_server_noisy(clock):
     assert found.service_ms == pytest.approx(np.full(found.images, 9.0), abs=0.01)
 
 
+def test_a_server_s_load_is_what_its_queries_really_took(clock):
+    found = last(server(Steady(clock, 2.0), rate_per_second=400, bound_ms=20, seconds=2))
+    assert found.load == pytest.approx(0.8, rel=0.02) and found.to_dict()["load"] == found.load
+    slower = last(server(Steady(clock, 2.0, later=1.5), rate_per_second=400, bound_ms=20, seconds=2))
+    assert slower.load > 0.9
+    assert last(single_stream(Steady(clock, 2.0), seconds=0.2)).load is None
+
+
 def test_on_a_gpu_nobody_knows_who_else_computes(clock):
     one = Steady(clock, 2.0, others_ms=0.5)
     one.device = "cuda"

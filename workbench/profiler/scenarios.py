@@ -88,6 +88,16 @@ class ScenarioResult:
         return None if self.bound_ms is None or self.p99_ms is None else self.p99_ms <= self.bound_ms
 
     @property
+    def load(self) -> float | None:
+        """The part of its capacity that a server was offered, by what its queries really took; None without a rate.
+
+        It is not the load that was meant where the machine became slower or faster after its capacity was measured.
+        """
+        if self.offered_per_second is None or not len(self.service_ms):
+            return None
+        return self.offered_per_second * float(np.mean(self.service_ms)) / 1000
+
+    @property
     def noisy(self) -> bool:
         """True when the medians of the two halves differ by more than a tenth, or a tenth of the time went to others.
 
@@ -103,7 +113,7 @@ class ScenarioResult:
         """Return the figures as JSON can hold them."""
         names = (
             "scenario runtime precision batch threads queries images seconds images_per_second p50_ms p90_ms p99_ms "
-            "offered_per_second bound_ms kept waiting busy noisy"
+            "offered_per_second load bound_ms kept waiting busy noisy"
         )
         return {name: getattr(self, name) for name in names.split()}
 
