@@ -18,9 +18,8 @@ FROM_AMPERE = ("tf32", "bf16")
 IN_A_ROW, TRIES = 20, 5
 COPY_BYTES = 2**28  # at least: what no cache holds
 
-Rate = tuple[
-    str, str, str, float
-]  # "peak" or "bandwidth", its name, what was measured, 10⁹ operations or bytes a second
+# "peak" or "bandwidth", its name, what was measured, 10⁹ operations or bytes a second
+Rate = tuple[str, str, str, float]
 
 
 def l2_bytes() -> int:
