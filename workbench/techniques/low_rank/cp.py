@@ -18,7 +18,8 @@ Without sweeps all ranks come from one decomposition, so the slider answers at o
 When it does not: the best approximation of a given rank need not exist. With many sweeps terms can grow without bound
 and cancel one another, least squares then stall, and training starts from large numbers that nearly cancel. A small
 penalty holds the terms down here, and a layer that sweeps do not improve keeps the terms it started from. Sweeps take
-seconds, at each rank anew, and gain little. Depthwise kernels are slow for what they compute, so fewer multiply-adds need not be less time. Layers that are pruned, clustered or quantized become dense again.
+seconds, at each rank anew, and gain little. Depthwise kernels are slow for what they compute, so fewer multiply-adds
+need not be less time. Layers that are pruned, clustered or quantized become dense again.
 
 Source: Lebedev et al., 2015, arXiv:1412.6553; De Lathauwer et al., 2000, doi:10.1137/S0895479896305696 (main
 directions); sweeps by tensorly.
