@@ -202,9 +202,11 @@ def agreement(prepared, turns=31, calls=15):
     """Return the median over turns of our time by that of torch.utils.benchmark, and ours, all turns as one latency.
 
     In each turn both take the median of a few calls, and in every other one they change places: other work on the
-    machine hits both alike.
+    machine hits both alike. The clock is named, since torch's own default also waits for accelerators, and does so
+    within the time that it takes.
     """
-    timer, ratios, ours = benchmark.Timer("run()", globals={"run": prepared.run}, num_threads=1), [], []
+    names, ratios, ours = {"run": prepared.run}, [], []
+    timer = benchmark.Timer("run()", globals=names, num_threads=1, timer=time.perf_counter)
     theirs_ms = lambda: 1000 * np.median([timer.timeit(1).median for _ in range(calls)])
     for turn in range(turns):
         before = theirs_ms() if turn % 2 else None
@@ -220,7 +222,7 @@ def test_times_agree_with_those_of_torch_benchmark():
     A call takes less than the time for which an operating system gives a processor away, so that most calls are whole
     on a loaded machine too, and much more than a few looks at the clock.
     """
-    prepared = runtime("eager").prepare(vgg(32), images())
+    prepared = runtime("eager").prepare(vgg(64), images())
     for _ in range(3):
         ratio, ours = agreement(prepared)
         if not ours.noisy:
