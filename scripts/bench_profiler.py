@@ -3,8 +3,8 @@
 On glyphs-cnn and five models of torchvision: ten repeated medians within 5 % of their middle, or called noisy;
 agreement with `torch.utils.benchmark` within 5 %, timed in turns; at most 2 % more time for timed calls than for the
 same calls by themselves. On glyphs-cnn in fp32 and int8: the order of the scenarios, and the server's bound, which
-most of three runs must keep; a run during which the machine became slower, so that it was offered more than 80 %, is
-told and does not count. A machine that does other work meanwhile misses some of these, so the last line tells its load.
+most of three runs must keep; runs on a machine that lost or gained speed, so that they were not offered 80 %, are told
+and do not count. A machine that does other work meanwhile misses some of these, so the last line tells its load.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from workbench.profiler import ScenarioResult, environment, latency, scenarios
 from workbench.profiler.timing import undisturbed
 from workbench.runtimes import Prepared, runtime
 
-SERVER_RUNS, MOST_RUNS = 3, 8  # each with other arrivals
-MOST_LOAD = 0.88  # of capacity: a run that was offered more, since the machine became slower, is not one at 80 %
+SERVER_RUNS, MOST_RUNS = 3, 20  # each with other arrivals
+LOADS = 0.72, 0.88  # of capacity: a run that was offered less or more, since the machine changed, is not one at 80 %
 MODELS = ("glyphs-cnn", "resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "squeezenet1_1", "mnasnet0_5")
 REPEATS, FEWEST_ALIKE = 10, 9
 ALIKE, OVERHEAD = 0.05, 0.02
@@ -165,10 +165,11 @@ def scenario_order(runtime_name: str) -> Iterator[Finding]:
     for precision, one in models.items():
         runs = []
         while sum(map(_as_meant, runs)) < SERVER_RUNS and len(runs) < MOST_RUNS:
-            found[precision] = _last(scenarios(one, data.example(64), runtime_name, seed=len(runs)))
-            runs.append(found[precision]["server"])
+            runs.append(_last(scenarios(one, data.example(64), runtime_name, seed=len(runs))))
+        meant = [run for run in runs if _as_meant(run)]
+        found[precision] = (meant or runs)[-1]
         yield from _ordered(f"glyphs-cnn {precision}", found[precision])
-        yield _bound_kept(f"glyphs-cnn {precision}", runs)
+        yield _bound_kept(f"glyphs-cnn {precision}", [run["server"] for run in meant], len(runs) - len(meant))
     rates = {name: [found[p][name].images_per_second for p in models] for name in found["fp32"]}
     words = ", ".join(f"{name} {int8 / fp32:.2f}×" for name, (fp32, int8) in rates.items())
     yield Finding("glyphs-cnn", "int8 answers more", words, all(int8 > fp32 for fp32, int8 in rates.values()))
@@ -183,19 +184,20 @@ def _ordered(name: str, found: dict) -> Iterator[Finding]:
     yield Finding(name, "waiting in a queue takes time", words, alone.p50_ms < served.p50_ms)
 
 
-def _as_meant(served: ScenarioResult) -> bool:
-    return served.load is not None and served.load <= MOST_LOAD
+def _as_meant(found: dict[str, ScenarioResult]) -> bool:
+    """Return whether the machine was steady while it served, and as quick as when its capacity was measured."""
+    alone, served = found["single stream"], found["server"]
+    return not (alone.noisy or served.noisy) and LOADS[0] <= served.load <= LOADS[1]
 
 
-def _bound_kept(name: str, served: list[ScenarioResult]) -> Finding:
+def _bound_kept(name: str, served: list[ScenarioResult], unsteady: int) -> Finding:
     """Return whether most runs at 80 % of capacity kept their bound: a machine that stands still breaks one of them."""
-    meant = [one for one in served if _as_meant(one)]
-    tails = ", ".join(f"{one.p99_ms or float('nan'):.3g} ms at {one.load:.0%}" for one in meant)
-    bounds = ", ".join(f"{one.bound_ms:.3g}" for one in meant)
-    kept = sum(one.kept is True for one in meant)
-    words = f"in {kept} of {len(meant)} runs: p99 {tails} of capacity, bounds {bounds} ms"
-    words += f"; in {len(served) - len(meant)} more the machine became slower" if len(served) > len(meant) else ""
-    return Finding(name, "server keeps its bound", words, len(meant) >= SERVER_RUNS and kept > len(meant) / 2)
+    tails = ", ".join(f"{one.p99_ms or float('nan'):.3g} ms at {one.load:.0%}" for one in served)
+    bounds = ", ".join(f"{one.bound_ms:.3g}" for one in served)
+    kept = sum(one.kept is True for one in served)
+    words = f"in {kept} of {len(served)} runs: p99 {tails} of capacity, bounds {bounds} ms"
+    words += f"; in {unsteady} more the machine was not steady" if unsteady else ""
+    return Finding(name, "server keeps its bound", words, len(served) >= SERVER_RUNS and kept > len(served) / 2)
 
 
 def _last(running: Iterator[dict[str, ScenarioResult]]) -> dict[str, ScenarioResult]:

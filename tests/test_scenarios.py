@@ -57,13 +57,13 @@ class PretendedTime:
 class Steady(Pretended):
     """A model whose every call takes the same time on a pretended clock; in it others may take the processor."""
 
-    def __init__(self, clock, service_ms, batch=1, others_ms=0.0, later=1.0):
+    def __init__(self, clock, service_ms, batch=1, others_ms=0.0, later=1.0, for_s=math.inf):
         super().__init__()
         self.clock, self.service_ms, self.batch = clock, service_ms, batch
-        self.others_ms, self.later, self.begun = others_ms, later, clock and clock.now
+        self.others_ms, self.later, self.begun, self.for_s = others_ms, later, clock and clock.now, for_s
 
     def run(self):
-        slower = self.later if self.clock.now > self.begun + 1 else 1.0
+        slower = self.later if 1 < self.clock.now - self.begun < 1 + self.for_s else 1.0
         self.clock.now += slower * self.service_ms / 1000
         self.clock.others(self.others_ms / 1000)
 
@@ -131,6 +131,8 @@ def test_a_scenario_is_noisy_where_the_machine_was_not_quiet(clock, start):
     assert ", noisy" in str(shared) and shared.to_dict()["busy"] == shared.busy
     drifting = last(start(Steady(clock, 2.0, later=1.2), seconds=2))
     assert drifting.busy > 0.99 and drifting.noisy
+    for_a_moment = last(start(Steady(clock, 2.0, later=1.5, for_s=0.3), seconds=2))
+    assert for_a_moment.busy > 0.99 and for_a_moment.noisy
 
 
 def test_waits_in_a_queue_do_not_make_a_server_noisy(clock):
