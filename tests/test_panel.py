@@ -8,6 +8,7 @@ import weakref
 from dataclasses import dataclass
 from typing import ClassVar
 
+import plotly.graph_objects as go
 import pytest
 import torch
 import toy
@@ -15,6 +16,7 @@ import toy
 import workbench as wb
 from workbench.panel import board, panel
 from workbench.panel.board import is_usual
+from workbench.panel.figure import Figure
 from workbench.panel.worker import Worker
 from workbench.surgery import clone
 from workbench.technique import Technique, setting
@@ -472,3 +474,15 @@ def test_only_records_that_differ_by_the_slider_make_the_recorded_curve():
     assert is_usual(wb.LowRank, {**defaults, "rank": 1.0, "objective": "weights"})  # the untouched model is on it
     assert not is_usual(wb.LowRank, {**defaults, "objective": "weights"})
     assert not is_usual(wb.LowRank, {**defaults, "finetune": 1})
+
+
+def test_a_late_page_does_not_take_back_what_was_drawn_since():
+    """A page reports what plotly made of the message before, under the number of the last one, which it has read."""
+    figure = Figure(go.Figure(go.Scatter(x=[1], y=[1], visible=False), {"xaxis": {"range": [0, 1]}}))
+    with figure.batch_update():
+        figure.data[0].visible = True
+        figure.layout.xaxis.range = [0, 9]
+    numbers = {"trace_edit_id": figure._last_trace_edit_id, "layout_edit_id": figure._last_layout_edit_id}
+    figure._js2py_traceDeltas = {"trace_deltas": [{"uid": figure.data[0].uid, "visible": False}], **numbers}
+    figure._js2py_layoutDelta = {"layout_delta": {"xaxis": {"range": [0, 1]}}, **numbers}
+    assert figure.data[0].visible is True and figure.layout.xaxis.range == (0, 9)

@@ -29,6 +29,7 @@ def test_layers_move_under_the_roofs_and_the_table_sorts(voila, page, screenshot
     page.wait_for_selector(".wb-tile")
     pages.wait_for_state(page, "done", timeout=120_000)
     assert pages.marks(page) > 20
+    page.wait_for_function("document.querySelectorAll('.js-plotly-plot .scatterlayer path.js-line').length >= 10")
     assert any("fp32" in text for text in page.locator(".js-plotly-plot .annotation text").all_text_contents())
     page.locator(".wb-table summary", has_text="Layers").click()
     page.get_by_role("button", name="ms", exact=True).click()

@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 
 import plotly.graph_objects as go
+from traitlets import observe
 
 from workbench import plots
 from workbench.panel.measure import OTHER, Point, Timing
 
 
 class Figure(go.FigureWidget):
-    """A figure that tells a page which opens later what it shows now; plotly's own tells what it showed at first."""
+    """A figure that tells a page which opens later what it shows now; plotly's own tells what it showed at first.
+
+    It also takes no defaults back from a page, with which plotly's own replaces what Python had set: a page that is
+    late may report how it drew the message before, and a trace that was made visible since would be hidden again.
+    """
 
     axes: tuple[str, ...] = ("xaxis", "yaxis", "xaxis4", "xaxis5", "yaxis5")  # whose ranges move
     marks: tuple[str, ...] = ("x", "y", "text", "visible", "error_y.array", "error_y.arrayminus")
@@ -21,6 +26,14 @@ class Figure(go.FigureWidget):
             self._trait_values["_widget_data"] = copy.deepcopy(self._data)
             self._trait_values["_widget_layout"] = copy.deepcopy(self._layout_obj._props)
         return super().get_state(key, drop_defaults)
+
+    @observe("_js2py_traceDeltas")
+    def _handler_js2py_traceDeltas(self, _change):
+        self._js2py_traceDeltas = None
+
+    @observe("_js2py_layoutDelta")
+    def _handler_js2py_layoutDelta(self, _change):
+        self._js2py_layoutDelta = None
 
     def send_again(self) -> None:
         """Send every mark and range once more: what was drawn while a page opened, before it listened, is lost."""
