@@ -38,7 +38,7 @@ from workbench.profiler import (
     width_map,
 )
 from workbench.profiler.roofline import cache_sizes
-from workbench.profiler.verdicts import layer_verdicts
+from workbench.profiler.verdicts import _of_the_whole, layer_verdicts
 from workbench.runtimes import Prepared, RuntimeFailed, runtime
 from workbench.runtimes.layers import _profiler_ms, instrumented, layers_inside, parts_of
 from workbench.surgery import clone, weighted_layers
@@ -416,7 +416,7 @@ def test_starts_and_odd_widths_are_blamed_where_they_were_measured():
     odd = nn.Sequential(nn.Flatten(), nn.Linear(784, 51)).eval()
     starts = lambda ms: Limits(roofline(), {"ReLU": ms, "Linear": ms}, "eager", 1)
     found = slower(odd, square, starts(1.5))
-    assert found.kind == "launch-bound" and "starting its 1 layer takes 1.5 ms here" in found.evidence
+    assert found.kind == "launch-bound" and "starting 1 empty layer takes 1.5 ms here" in found.evidence
     assert slower(odd, square, starts(0.5)).kind == "slower"  # a quarter of the 2 ms explains little
     width = Verdict("1", "unaligned width", "1 takes 2 ms with 51 and 0.5 ms with 48.", "Round its widths.")
     found = slower(odd, square, starts(0.5), [Verdict("0", "memory-bound", "It moves."), width])
@@ -531,3 +531,22 @@ def test_a_layer_too_quick_for_the_clock_is_said_to_be_so():
     known = Limits(roofline(), {"ReLU": 0.001}, "openvino", 1)
     (said,) = layer_verdicts(nn.Identity(), torch.zeros(1, 3, 4, 4), found, known)
     assert "less than the runtime's clock tells" in said.evidence and "0 µs;" not in said.evidence
+
+
+def started(kind, ms):
+    """Judge a model of three layers of that kind, 1 µs each, where an empty layer takes `ms` on this machine."""
+    each = [LayerTime(name, kind, 0.001, 0.1, 0, 64, 64, "fp32", "") for name in "abc"]
+    found = LayerTimes(tuple(each), 0.01, 0.007, "eager", "fp32", 1, 1, False)
+    known = Limits(roofline(), {"ReLU": ms, "Linear": ms}, "eager", 1)
+    said = layer_verdicts(nn.Identity(), torch.zeros(1, 3, 4, 4), found, known)
+    return said[0].evidence, _of_the_whole(found, said, known).evidence
+
+
+def test_starting_a_layer_is_said_to_be_measured_for_the_kinds_that_were():
+    assert "starting an empty Linear alone takes 10 µs here" in started("Linear", 0.01)[0]
+    assert "starting an empty layer alone takes 10 µs here" in started("LayerNorm", 0.01)[0]
+
+
+def test_starts_that_add_up_to_more_than_the_whole_are_shown_as_measured():
+    whole = started("Linear", 0.01)[1]
+    assert "launch-bound" in whole and "starting 3 empty layers takes 30 µs here, and the whole model 10 µs" in whole

@@ -195,8 +195,8 @@ def _smaller_but_not_faster(
     if odd:
         return Verdict(None, odd.kind, f"{start}; {odd.evidence}", odd.advice)
     if known and _launches_ms(now, known) > MOSTLY * now.latency.median_ms:
-        count = counted(len(now.costs), "layer")
-        why = f"starting its {count} takes {duration(_launches_ms(now, known))} here"
+        empty = counted(len(now.costs), "empty layer")
+        why = f"starting {empty} takes {duration(_launches_ms(now, known))} here"
         return Verdict(None, "launch-bound", f"{start}; {why}.", ADVICE["launch-bound"])
     return Verdict(None, _outcome(ratio), f"{start}.", ASK_LAYERS if layers else LOOK_INSIDE)
 
@@ -280,7 +280,7 @@ def _limit(layer: LayerTime, found: LayerTimes, known: Limits) -> Verdict:
     bounds = known.of(layer, sum(one.weight_bytes for one in found.layers))
     kind = max(bounds, key=bounds.__getitem__)
     does = {
-        "launch-bound": f"starting an empty {layer.kind}",
+        "launch-bound": f"starting an empty {layer.kind if layer.kind in known.launch_ms else 'layer'}",
         "memory-bound": f"moving its {size(layer.weight_bytes + layer.activation_bytes)}",
         "compute-bound": f"doing its {layer.macs:,} multiply-adds at the measured peak",
     }
@@ -373,8 +373,8 @@ def _of_the_whole(found: LayerTimes, each: list[Verdict], known: Limits) -> Verd
     where = f"in {listed(names[:3])}{' and others' if len(names) > 3 else ''}" if names else "between its layers"
     evidence = f"{100 * min(1.0, ms / found.total_ms):.0f} % of {total} go by {where}"
     if kind == "launch-bound":
-        part = duration(min(starts, found.total_ms))
-        evidence = f"starting its {counted(len(found.layers), 'layer')} alone takes {part} of {total}"
+        empty = counted(len(found.layers), "empty layer")
+        evidence = f"starting {empty} takes {duration(starts)} here, and the whole model {total}"
     advice = ADVICE.get(kind) or next(verdict.advice for _, verdict in ranked if verdict.kind == kind)
     return Verdict(None, kind, f"On {found.runtime} the model is mostly {_adjective(kind)}: {evidence}.", advice)
 
