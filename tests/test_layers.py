@@ -16,6 +16,7 @@ from torch import nn
 
 from workbench.profiler import (
     KINDS,
+    Latency,
     LatencyModel,
     LayerTime,
     LayerTimes,
@@ -39,7 +40,7 @@ from workbench.profiler import (
 )
 from workbench.profiler.roofline import cache_sizes
 from workbench.profiler.verdicts import _of_the_whole, layer_verdicts
-from workbench.runtimes import Prepared, RuntimeFailed, runtime
+from workbench.runtimes import Kernel, Prepared, RuntimeFailed, runtime
 from workbench.runtimes.layers import _profiler_ms, instrumented, layers_inside, parts_of
 from workbench.surgery import clone, weighted_layers
 from workbench.weights import Mask, parametrize_weight
@@ -389,6 +390,35 @@ def test_a_faster_model_is_said_to_be_faster_and_why():
     assert often(lambda: found.append(judged(vgg(8), vgg(32))) or found[-1].kind == "faster")
     assert "fewer multiply-adds" in found[-1].evidence and found[-1].advice == ""
     assert often(lambda: "compute in int8" in judged(quantized(vgg(32)), vgg(32)).evidence)
+
+
+def rounded(bits, kernels, inputs=True):
+    """Judge a model whose layers are rounded to so many bits and run such kernels, beside the one it was made from."""
+    model = vgg()
+    latency = Latency(((1.0,),), "openvino", "fp32", 1, 1, 1)
+    found = [Kernel(name, precision, "") for name, precision in kernels.items()]
+    inputs = frozenset(bits if inputs is True else inputs)
+    now = replace(taken(model, latency, found), bits=bits, rounded_inputs=inputs)
+    return whole_verdict(now, taken(model, latency))
+
+
+def test_the_bits_and_inputs_blamed_are_those_of_the_layers_without_an_integer_kernel():
+    found = rounded({"1": 4, "2": 8}, {"1": "int8", "2": "fp32"}, inputs=["1"])
+    assert "rounded to 8 bits" in found.evidence and "4-bit" not in found.evidence
+    assert found.kind == "fell back to fp32" and "Round the inputs too" in found.advice
+    found = rounded({"1": 8, "2": 8, "3": 8}, {"1": "int8", "2": "fp32", "3": "fp32"})
+    assert found.kind == "no kernel" and "no integer kernel for 2 layers" in found.evidence
+    assert "Round" not in found.advice and "Try another runtime" in found.advice
+    assert "4 bits and computes them in int8" in rounded({"1": 4, "2": 8}, {"1": "int8", "2": "int8"}).evidence
+
+
+def test_a_rounded_layer_without_a_kernel_is_not_told_to_round_its_inputs():
+    """ONNX Runtime multiplies a rounded convolution in groups in fp32, and the layers around it in int8."""
+    require("onnxruntime")
+    model = odd_widths()
+    whole, each = by_layer(quantized(model), images(2), "onnxruntime", baseline=model)
+    assert each["2"].kind == "no kernel" and "Weights and inputs are rounded" in each["2"].evidence
+    assert "Round" not in each["2"].advice and "Round" not in whole.advice
 
 
 def slower(model, baseline, known=None, layers=(), ms=2.0):
