@@ -421,6 +421,15 @@ def test_a_rounded_layer_without_a_kernel_is_not_told_to_round_its_inputs():
     assert "Round" not in each["2"].advice and "Round" not in whole.advice
 
 
+def test_zeros_are_counted_among_weights_without_biases():
+    """A depthwise layer of 1×1 has as many biases as weights; they are no part of what is zero or not."""
+    model = nn.Sequential(nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 1, groups=8)).eval()
+    assert taken(model, None).zeros == 0
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert taken(model, None).zeros == 0.5
+
+
 def slower(model, baseline, known=None, layers=(), ms=2.0):
     """Judge two models as if the first had taken twice as long."""
     from test_profiler import taken as rounds

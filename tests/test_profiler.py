@@ -247,8 +247,8 @@ def test_layer_costs_name_kinds_shapes_and_zeros():
     parametrize_weight(layer, Mask(mask))
     costs = {cost.name: cost for cost in layer_costs(model, images())}
     assert costs["4"].kind == "Conv2d" and costs["4"].output_shape == (1, 16, 14, 14)
-    assert costs["4"].nonzero == layer.weight[0].numel() and costs["4"].parameters == layer.weight.numel()
-    assert costs["14"].kind == "Linear" and costs["14"].parameters == 32 * 10 + 10
+    assert costs["4"].nonzero == layer.weight[0].numel() and costs["4"].weights == layer.weight.numel()
+    assert costs["14"].kind == "Linear" and costs["14"].weights == 32 * 10 == costs["14"].parameters - 10
 
 
 def test_a_layer_used_twice_costs_twice_and_an_unused_one_nothing():

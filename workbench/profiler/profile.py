@@ -19,6 +19,7 @@ from workbench.profiler.scenarios import repeated
 from workbench.profiler.timing import Latency, measure
 from workbench.runtimes import RUNTIMES, ModelFile, Prepared, Runtime, RuntimeFailed, runtime, steady_outputs
 from workbench.runtimes.cuda import Cuda
+from workbench.runtimes.files import FileLayer
 from workbench.surgery import clone
 from workbench.training import predictions
 from workbench.weights import sparsity
@@ -180,10 +181,15 @@ def _file_measures(file: ModelFile, example: Tensor, hits: Tensor | None) -> Mea
         macs=sum(layer.macs for layer in layers),
         sparsity=1 - sum(layer.nonzero for layer in layers) / max(weights, 1),
         peak_activation_bytes=None,  # torch's allocator has no part in it
-        layers=tuple(LayerCost(*layer[:-1]) for layer in layers),  # all but the shape of the weights
+        layers=tuple(_file_cost(layer) for layer in layers),
         hits=hits,
         finite=bool(torch.isfinite(runtime("openvino").prepare(file, example)(example).float()).all()),
     )
+
+
+def _file_cost(layer: FileLayer) -> LayerCost:
+    counts = (layer.parameters, layer.parameters, layer.nonzero, layer.macs)  # biases are no part of a file's layers
+    return LayerCost(layer.name, layer.kind, *counts, layer.output_shape)
 
 
 def _prepare_all(models, chosen, example, large, threads, watch) -> tuple[list[_Contest], dict[str, str]]:

@@ -92,7 +92,7 @@ class Taken:
         cls, model: nn.Module, latency: Latency, costs: Sequence[LayerCost], kernels: Sequence[Kernel] = ()
     ) -> Taken:
         """Return what is known of `model`; reads its structure, and its zeros from `costs`."""
-        zeros = 1 - sum(cost.nonzero for cost in costs) / max(1, sum(cost.parameters for cost in costs))
+        zeros = 1 - sum(cost.nonzero for cost in costs) / max(1, sum(cost.weights for cost in costs))
         layers = weighted_layers(model) if isinstance(model, nn.Module) else []
         bits = {name: rounded_bits(layer) for name, layer in layers if rounded_bits(layer) < 32}
         rounds = frozenset(name for name, layer in layers if hasattr(layer, "input_quantizer"))
