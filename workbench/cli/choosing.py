@@ -30,7 +30,7 @@ def technique_in(argv: list[str]):
     """Return the first technique that `argv` names, or None: its settings become flags before `argv` is parsed."""
     for word in argv:
         try:
-            return technique_named(word)
+            return technique_named(word.removeprefix("--technique="))
         except argparse.ArgumentTypeError:
             continue
     return None
