@@ -23,6 +23,7 @@ def sentences(profile: Profile) -> list[str]:
         *_about_memory(profile),
         *_why_not(profile),
         *_about_failed(profile),
+        *_about_stopped(profile),
     ]
 
 
@@ -79,6 +80,11 @@ def _about_failed(profile: Profile) -> Iterator[str]:
     for why_not, same in names.items():
         said = profile.failed[same[0]]
         yield f"{listed(same)}: {why_not}" if said != why_not else said
+
+
+def _about_stopped(profile: Profile) -> Iterator[str]:
+    if profile.stopped:
+        yield "Stopped early: the times are of the calls made until then, and what was to be measured next is not here."
 
 
 def _against(ratio, rival: str) -> str:
