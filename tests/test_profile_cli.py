@@ -6,6 +6,7 @@ import pytest
 from test_cli import refused
 
 from workbench.cli import main
+from workbench.cli.main import parser
 from workbench.cli.profiling import SECTIONS as FLAGS
 from workbench.cli.progress import Doing
 from workbench.export import export_onnx
@@ -76,6 +77,28 @@ def test_a_technique_is_named_with_or_without_an_equals_sign(here, words, capsys
     assert json.loads((here / "a.json").read_text())["name"] == "build, low rank (rank 0.25)"
 
 
+def test_a_file_is_written_though_nobody_reads_what_is_printed(here, monkeypatch):
+    def gone(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("workbench.reports.collect.Report.__str__", gone)
+    argv = ["profile", "my_nets:build", "--input", "1,3,8,8", *QUICK, "--json", "a.json"]
+    args = parser(argv).parse_args(argv)
+    with pytest.raises(BrokenPipeError):
+        args.run(args)
+    assert json.loads((here / "a.json").read_text())["name"] == "build"
+
+
+def test_figures_are_printed_though_they_cannot_be_written(here, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("workbench.profiler.comparison.os.replace", full)
+    assert main(["profile", "my_nets:build", "--input", "1,3,8,8", *QUICK, "--json", "a.json"]) == 1
+    out, err = capsys.readouterr()
+    assert "openvino" in out and "No space left" in err and not list(here.glob("a.json*"))
+
+
 def test_two_profiles_stand_side_by_side(here, capsys):
     for name in ("a.json", "b.json"):
         assert main(["profile", "my_nets:build", "--input", "1,3,8,8", *QUICK, "--json", name]) == 0
@@ -97,6 +120,7 @@ def test_two_profiles_stand_side_by_side(here, capsys):
             "no runtime 'tensorrt'; choose one of eager",
         ),
         (["my_nets:build", "--input", "1,3,8,8", "--html", "none/a.html"], "There is no folder none"),
+        (["my_nets:build", "--input", "1,3,8,8", "--json", "."], ". is a folder; name a file in it"),
         (["my_nets:raises", "--input", "1,3,8,8"], "ZeroDivisionError, no classes"),
         (["missing.onnx"], "no model file missing.onnx"),
         (["missing.onnx", "--data", "glyphs"], "no model file missing.onnx"),

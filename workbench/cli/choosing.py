@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 
 from workbench.cli.progress import Progress
 from workbench.subjects import near
@@ -88,6 +90,16 @@ def at_least_one(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def require_writable(path: Path) -> None:
+    """Raise OSError where a file cannot be written: before anything is measured, not after."""
+    if not path.parent.is_dir():
+        raise OSError(f"There is no folder {path.parent} to write {path.name} to; make it first.")
+    if path.is_dir():
+        raise OSError(f"{path} is a folder; name a file in it to write to.")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise OSError(f"{path} cannot be written by this user; name a file elsewhere.")
 
 
 def compressed(technique, model, data):

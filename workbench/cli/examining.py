@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from workbench.cli.choosing import shape_of, technique_named
+from workbench.cli.choosing import require_writable, shape_of, technique_named
 from workbench.cli.progress import Doing
 from workbench.subjects import built, data_for, example_for
 
@@ -36,14 +36,18 @@ def run_doctor(args) -> None:
     from workbench.doctor import doctor
     from workbench.techniques import TECHNIQUES
 
+    if args.json:
+        require_writable(args.json)
     model, _ = built(args.model)
     data = data_for(model, args.data) if args.data else None
     example = data.example(2) if data is not None and args.input is None else example_for(model, args.input)
     with Doing() as watch:
         found = doctor(model, example, data, args.technique or TECHNIQUES, watch)
-    print(found)
-    if args.json:
-        args.json.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    try:  # the file first: whoever reads what is printed may be gone
+        if args.json:
+            args.json.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    finally:
+        print(found)
 
 
 def run_export(args) -> None:

@@ -136,14 +136,14 @@ def run_sweep(args) -> None:
     techniques = swept(args)
     model, name = model_named(args.model)
     records, stopped = _records(args, techniques, model)
+    path = args.records and write_records(args.records.stem, records, args.records.parent)
     setting = args.values.partition("=")[0].strip().replace("-", "_")
     print(f"{setting:>16} {'bytes':>12} {'smaller':>9}  accuracy ({args.split} of {records[0].data})")
     for record in records:
         times = "".join(f"  {runtime} {found['median_ms']:.3f} ms" for runtime, found in record.latency.items())
         size = f"{record.size_bytes:>12,} {record.compression:>8.1f}×"
         print(f"{record.settings[setting]!s:>16} {size}  {record.accuracy}{times}")
-    if args.records:
-        path = write_records(args.records.stem, records, args.records.parent)
+    if path:
         print(f"Records of {name}: {path}")
     if stopped:
         times = " and no times" if args.latency else ""

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from workbench.cli.choosing import add_split, at_least_one, chosen, compressed, shape_of, technique_named
+from workbench.cli.choosing import (
+    add_split,
+    at_least_one,
+    chosen,
+    compressed,
+    require_writable,
+    shape_of,
+    technique_named,
+)
 from workbench.cli.progress import Doing
 from workbench.subjects import architecture_of, model_named, opened
 
@@ -66,11 +74,10 @@ def run_profile(args) -> None:
         return _compare(*args.compare)
     if args.model is None:
         args.misused("name a model, such as glyphs-cnn, model.onnx or torchvision.models:resnet18")
-    from workbench.profiler import save_profile
-    from workbench.reports import html_page, investigate
+    from workbench.reports import investigate
 
     for path in filter(None, (args.json, args.html)):
-        _require_folder(path)
+        require_writable(path)
     subject, baseline = _subjects(args)
     how = {
         "flush_l2": args.flush_l2,
@@ -80,24 +87,28 @@ def run_profile(args) -> None:
     }
     with Doing() as watch:
         report = investigate(subject, baseline, _sections(args), watch, calls=args.calls, split=args.split, **how)
-    print(report)
+    try:  # files first: whoever reads what is printed may be gone
+        _write(args, report)
+    finally:
+        print(report)
+    if args.html:
+        print(f"\nPage: {args.html}")
+
+
+def _write(args, report) -> None:
+    from workbench.profiler import save_profile
+    from workbench.reports import html_page
+
     if args.json:
         save_profile(report, args.json)
     if args.html:
         args.html.write_text(html_page(report), encoding="utf-8")
-        print(f"\nPage: {args.html}")
 
 
 def _compare(first: Path, second: Path) -> None:
     from workbench.profiler import compare_profiles, load_profile
 
     print(compare_profiles(load_profile(first), load_profile(second), (str(first), str(second))))
-
-
-def _require_folder(path: Path) -> None:
-    """Raise OSError before anything is measured, rather than when it is to be written."""
-    if not path.parent.is_dir():
-        raise OSError(f"There is no folder {path.parent} to write {path.name} to; make it first.")
 
 
 def _sections(args) -> list[str]:

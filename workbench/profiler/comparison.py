@@ -96,8 +96,11 @@ def read_profiles(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 def _replaced(path: Path, text: str) -> Path:
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # there only where it could not be put in place
     return path
 
 
