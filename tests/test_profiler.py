@@ -388,6 +388,17 @@ def test_broken_models_are_named():
     assert not torch.isfinite(outputs(broken, images())).any()
     found = profile(broken, small_data(), runtimes=["eager"], calls=20, throughput_batch=2)
     assert "not finite" in " ".join(found.sentences())
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("difference", [math.nan, math.inf])
+def test_a_runtime_whose_outputs_overflow_is_named(difference):
+    (said,) = [one for one in told({}, {"runtime": "cuda half", "difference": difference}) if "not finite" in one]
+    assert said.startswith("cuda half gives outputs that are not finite")
+    assert not any("cuda half gives" in one for one in told({"runtime": "cuda half", "difference": 0.01}))
+    assert any("up to 40 %" in one for one in told({"difference": 0.4}))
+    broken = told({"difference": difference}, finite=False)
+    assert sum("not finite" in one for one in broken) == 1 and "outputs are not finite" in " ".join(broken)
 
 
 @needs_gpu

@@ -1,6 +1,7 @@
 """Reports: all that was measured is in the text, in the JSON and on the page, and the page needs nothing else."""
 
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from workbench.profiler import compare_profiles, load_profile, save_profile
+from workbench.profiler import Ratio, SoftwareRow, compare_profiles, load_profile, save_profile
 from workbench.reports import SECTIONS, collect, html_page, investigate, words
 from workbench.reports.page import POLICY
 from workbench.runtimes import RuntimeFailed
@@ -123,6 +124,12 @@ def test_a_page_has_only_what_was_measured(baseline):
     page = html_page(profiles.report(baseline, **bare))
     assert page.count("<figure ") == 1 and "Scenarios" not in page and "Where this was measured" in page
     assert html_page(profiles.report(baseline)).count("<figure ") == (9 if baseline else 8)
+
+
+def test_figures_that_are_no_numbers_are_none_in_json():
+    rows = [SoftwareRow("bf16", "half the bits", profiles.latency(), Ratio(math.nan, (0.0, math.inf)), math.nan)]
+    (row,) = json.loads(json.dumps(profiles.report(software=tuple(rows)).to_dict(), allow_nan=False))["software"]
+    assert row["difference"] is None and row["ratio"]["interval"] == [0.0, None] and row["latency"]["median_ms"] > 0
 
 
 def test_a_section_that_breaks_leaves_the_others(monkeypatch):

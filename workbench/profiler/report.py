@@ -12,6 +12,7 @@ from torch import Tensor
 from workbench.profiler.costs import LayerCost
 from workbench.profiler.environment import Environment
 from workbench.profiler.timing import Latency, Ratio, compare
+from workbench.profiler.units import finite
 from workbench.profiler.words import sentences
 from workbench.runtimes import Kernel
 from workbench.training import Z_95, Accuracy
@@ -168,7 +169,7 @@ class Profile:
 
     def to_dict(self) -> dict:
         """Return everything as JSON can hold it."""
-        return {
+        figures = {
             "model": self.model.to_dict(),
             "baseline": self.baseline.to_dict() if self.baseline else None,
             "split": self.split,
@@ -177,6 +178,7 @@ class Profile:
             "environment": self.environment.to_dict(),
             "stopped": self.stopped,
         }
+        return finite(figures)
 
     def _run_dict(self, run: Run) -> dict:
         ratios = {"ratio": run.ratio, "ratio_to_best_fp32": self.ratio_to_best(run), "throughput": run.throughput_ratio}

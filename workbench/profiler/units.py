@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 
 def plain(value: float) -> str:
@@ -32,6 +33,15 @@ def duration(ms: float) -> str:
 def listed(names: list[str]) -> str:
     """Join names as a sentence does: a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def finite(figures: Any) -> Any:
+    """Return figures as JSON can hold them: None for NaN and infinity, inside dicts and lists too."""
+    if isinstance(figures, dict):
+        return {name: finite(value) for name, value in figures.items()}
+    if isinstance(figures, list | tuple):
+        return [finite(value) for value in figures]
+    return None if isinstance(figures, float) and not math.isfinite(figures) else figures
 
 
 def counted(count: int, one: str, many: str = "") -> str:

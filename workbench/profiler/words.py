@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -68,8 +69,17 @@ def _about_run(profile: Profile, run: Run) -> Iterator[str]:
     yield f"{text}.{noisy}"
     if run.device == "cuda" and run.note:
         yield f"On {run.runtime} {run.note}."
-    if run.difference is not None and run.difference > 0.05:
+    yield from _about_outputs(profile, run)
+
+
+def _about_outputs(profile: Profile, run: Run) -> Iterator[str]:
+    """Say where a runtime answers otherwise than torch does; where torch's own outputs are broken, that was said."""
+    if run.difference is None or run.difference <= 0.05 or not profile.model.finite:
+        return
+    if math.isfinite(run.difference):
         yield f"{run.runtime} gives outputs up to {100 * run.difference:.0f} % of the largest one away from torch's."
+    else:
+        yield f"{run.runtime} gives outputs that are not finite (NaN or infinity) where torch's are: useless here."
 
 
 def _about_failed(profile: Profile) -> Iterator[str]:

@@ -25,6 +25,7 @@ from workbench.profiler.layers import LayerTimes, layer_times
 from workbench.profiler.maps import WinLoseMap, integer_map, low_rank_map, sparse_map, width_map
 from workbench.profiler.roofline import Roofline, roofline
 from workbench.profiler.scenarios import repeated
+from workbench.profiler.units import finite
 from workbench.profiler.verdicts import Verdict, verdicts
 from workbench.reports.words import text
 from workbench.runtimes import ModelFile, Runtime, RuntimeFailed, runtime
@@ -65,7 +66,7 @@ class Report:
 
     def to_dict(self) -> dict:
         """Return everything as JSON can hold it: the profile's own keys, and one for each further section."""
-        return {
+        figures = {
             "name": self.name,
             "baseline_name": self.baseline_name,
             "when": self.when,
@@ -83,6 +84,7 @@ class Report:
             "maps": [_plain(one) for one in self.maps],
             "missing": dict(self.missing),
         }
+        return finite(figures)
 
     def __str__(self) -> str:
         return text(self)
