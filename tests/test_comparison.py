@@ -6,6 +6,7 @@ import pytest
 from test_runtimes import images, vgg
 
 from workbench.profiler import compare_profiles, environment, load_profile, profile, save_profile
+from workbench.runtimes.cuda import FLUSHED
 
 PLACE = sys.modules["workbench.profiler.environment"]
 
@@ -73,6 +74,16 @@ def test_unrest_and_other_models_are_noted(saved):
     assert "not the same model" in notes and "In b the machine was not quiet while it was measured, on eager" in notes
     assert "1 image a call on 1 thread, and 8 images a call on 2 threads" in notes
     assert "In b the machine had other work: 7.5 processes" in notes and "In a" not in notes
+
+
+def test_a_flushed_cache_is_noted(saved):
+    other = changed(saved)
+    other["runtimes"][0]["note"] = f"all kernels are replayed as one CUDA graph; {FLUSHED}"
+    (note,) = compare_profiles(changed(saved), other).notes
+    assert note.endswith(
+        "1 image a call on 1 thread, and 1 image a call on 1 thread, a GPU's cache flushed before each."
+    )
+    assert not compare_profiles(other, other).notes
 
 
 def test_a_runtime_on_one_side_only_is_shown_with_the_reason(saved):

@@ -103,15 +103,20 @@ def sparse(model, kept=0.3):
 
 
 @pytest.mark.parametrize("name", ["eager", "eager channels-last", "openvino", "onnxruntime"])
-def test_layers_and_what_lies_outside_add_up_to_the_whole(name):
+def test_layers_and_what_lies_outside_add_up_to_the_whole(name, monkeypatch):
+    """On a machine that was not quiet while the whole was timed, layers may add up to twice the whole, not to more."""
     require(name)
+    module, totals = sys.modules["workbench.profiler.layers"], []
+    times_of = module._times
+    monkeypatch.setattr(module, "_times", lambda *given: totals.append(given[-1]) or times_of(*given))
 
     def close():
         found = layer_times(vgg(32), images(), name)
         assert sum(layer.ms for layer in found.layers) + found.outside_ms == pytest.approx(found.total_ms)
         assert sum(layer.share for layer in found.layers) == pytest.approx(1 - found.outside_ms / found.total_ms)
         json.dumps(found.to_dict())
-        return found.noisy or -0.1 < found.outside_ms / found.total_ms < (0.25 if "eager" in name else 0.6)
+        low, high = (-1.0, 1.0) if totals[-1].noisy else (-0.1, 0.25 if "eager" in name else 0.6)
+        return low < found.outside_ms / found.total_ms < high
 
     assert often(close, tries=6)
 

@@ -1,7 +1,6 @@
 import gc
 import json
 import math
-import os
 import time
 from dataclasses import replace
 
@@ -164,7 +163,7 @@ def test_calls_that_wait_for_a_processor_are_noisy():
     assert found.busy < 0.5 and found.noisy
     assert replace(found, busy=0.95).noisy is False and replace(found, busy=None).noisy is False
     computing = runtime("eager").prepare(vgg(), images(8))
-    assert any(latency(computing, calls=40).busy > 0.9 for _ in range(5)) or os.getloadavg()[0] > 1.5
+    assert max(latency(computing, calls=40).busy for _ in range(5)) > 2 * found.busy  # whatever else is running
 
 
 @pytest.mark.parametrize("median_ms", [0.0, -3.0, math.nan, math.inf, 5e6])
@@ -237,6 +236,16 @@ def test_multiply_adds_are_half_of_the_operations_that_torch_counts():
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(images())
         assert sum(cost.macs for cost in layer_costs(model, images(3))) == counter.get_total_flops() / 2
+
+
+def test_multiply_adds_are_said_to_be_those_of_linear_and_convolution_layers():
+    """Attention multiplies inside, where no layer is: what is counted is less, and the sentence says so."""
+    model, example = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.zeros(1, 4, 16)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.train()(example)  # in eval it is one operation, which the counter does not know
+    counted = {cost.name: cost.macs for cost in layer_costs(model.eval(), example)}
+    assert counted["linear1"] == 4 * 16 * 32 and sum(counted.values()) < counter.get_total_flops() / 2
+    assert any("counted in linear and convolution layers." in one for one in told({}))
 
 
 def test_layer_costs_name_kinds_shapes_and_zeros():

@@ -14,6 +14,7 @@ from typing import Any
 from workbench.profiler.report import Profile
 from workbench.profiler.timing import NOISY_FLOOR
 from workbench.profiler.units import counted, listed, times
+from workbench.runtimes.cuda import FLUSHED
 
 FORMAT, VERSION = "workbench profile", 1
 MODEL = {"parameters": "parameters", "macs": "multiply-adds an image", "size_bytes": "bytes of the file"}
@@ -197,8 +198,9 @@ def _notes(first: dict, second: dict, names: tuple[str, str]) -> Iterator[str]:
 
 
 def _how(rows: list[dict]) -> str:
-    """Say in words how the single calls were timed; all rows of a profile are timed alike."""
-    return f"{counted(rows[0]['batch'], 'image')} a call on {counted(rows[0]['threads'], 'thread')}"
+    """Say in words how the single calls were timed: all rows of a profile alike, but for a cache that a GPU has."""
+    flushed = ", a GPU's cache flushed before each" if any(FLUSHED in row.get("note", "") for row in rows) else ""
+    return f"{counted(rows[0]['batch'], 'image')} a call on {counted(rows[0]['threads'], 'thread')}{flushed}"
 
 
 def _unrest(name: str, rows: list[dict], place: dict) -> Iterator[str]:

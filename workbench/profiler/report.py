@@ -24,9 +24,10 @@ FIGURES = ("batch", "threads", "median_ms", "p25_ms", "p75_ms", "p90_ms", "p99_m
 class Measures:
     """What does not depend on a runtime. `hits`, bool (N,): which images are classified right, None without data.
 
-    `size_bytes` is the length of the saved file, `fp32_bytes` four bytes a number. `macs` are counted for one image.
-    `peak_activation_bytes` is the allocator's peak during one eager forward of the batch, without weights and input;
-    None for a model in a file of another program, which torch does not run.
+    `size_bytes` is the length of the saved file, `fp32_bytes` four bytes a number. `macs` are counted for one image,
+    in linear and convolution layers: the products inside of attention are not among them. `peak_activation_bytes` is
+    the allocator's peak during one eager forward of the batch, without weights and input; None for a model in a file
+    of another program, which torch does not run.
     """
 
     size_bytes: int

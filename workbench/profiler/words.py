@@ -38,7 +38,7 @@ def _about_size(profile: Profile) -> Iterator[str]:
     yield f"The file takes {size(model.size_bytes)}, {change} than the baseline's {size(baseline.size_bytes)}."
     yield (
         f"{model.parameters:,} parameters of {baseline.parameters:,}, and {model.macs:,} multiply-adds an image of "
-        f"{baseline.macs:,}, counted."
+        f"{baseline.macs:,}, counted in linear and convolution layers."
     )
 
 

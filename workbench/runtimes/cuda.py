@@ -20,6 +20,7 @@ from workbench.runtimes.eager import DTYPES, PreparedEager
 
 AMPERE = (8, 0)  # the first compute capability with TF32, bf16 and 2:4 sparse products
 WARM_UP_CALLS = 3  # before a capture: libraries choose their kernels and take their scratch space in the first calls
+FLUSHED = "the L2 cache is flushed before each call"
 LEAST_FLUSH_BYTES = 2**25  # for a driver that does not tell how large its cache is
 
 
@@ -80,7 +81,7 @@ class PreparedCuda(PreparedEager):
         self._other: Tensor | None = None  # what fills the L2 cache before a call
         if runtime.flush_l2:
             self._other = _flush_buffer()
-            self.tell("the L2 cache is flushed before each call")
+            self.tell(FLUSHED)
 
     def tell(self, words: str) -> None:
         """Add `words` to the note."""
