@@ -20,7 +20,7 @@ ROUNDS = 20
 FEWEST_ROUNDS = 6  # with five, all on one side of 1 is no 95 % proof: by chance alone it happens in 2 of 2**5 cases
 BLOCK_MS = 12  # short, so that a panel can stop between two blocks, and a drift of the machine reaches everyone alike
 WARM_UP_MS = 250  # at most: a machine that is never steady is measured all the same, and called noisy
-LEAST_BUSY = 0.9  # of the wall time; below it other processes had the processor meanwhile
+LEAST_BUSY = 0.9  # of the wall time, all threads together; below it other processes had the processor meanwhile
 STEADY = 0.05  # the difference between two groups of calls that are taken to be alike
 LONGEST_MS = 3_600_000.0  # no call takes an hour; a clock that says so was set, or slept
 FLOOR = 0.03  # no smaller difference is claimed, however narrow the interval: where weights lie in memory makes as much
@@ -88,7 +88,8 @@ class Latency:
     def noisy(self) -> bool:
         """True when the medians of the two halves differ by more than a tenth, or a tenth of the time went to others.
 
-        The latter is seen by the processor's time: a model that computes on the processor never waits by itself.
+        The latter is seen by the processor's time, since a model that computes on the processor never waits by itself:
+        on several threads, whose times add up, only where all of them together had less than one processor.
         """
         return was_noisy(self.samples_ms, self.busy)
 
