@@ -1,4 +1,6 @@
+import statistics
 import threading
+import time
 
 import pytest
 import torch
@@ -239,3 +241,16 @@ def test_branches_of_a_residual_block_keep_their_names():
     found = {one.name: one.weight_bytes for one in layer_times(model, torch.randn(1, 3, 16, 16), "openvino").layers}
     for name, count in {"1.conv1": 4608, "1.conv2": 9216, "1.downsample.0": 512}.items():
         assert 4 * count <= found[name] < 4 * count + 4 * 2 * 32  # the folded BatchNorm adds biases
+
+
+def test_onnxruntime_rests_between_calls():
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed.")
+    prepared = runtime("onnxruntime").prepare(vgg(16), images(8), threads=2)
+
+    def busy_after_a_call():
+        prepared.run()
+        wall, processor = time.perf_counter(), time.process_time()
+        time.sleep(0.03)
+        return (time.process_time() - processor) / (time.perf_counter() - wall)
+
+    assert statistics.median(busy_after_a_call() for _ in range(9)) < 0.1  # of the sleep; spinning takes about half

@@ -141,6 +141,7 @@ def session(source: bytes | str, threads: int = 1, optimized: str = "", profile:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.x64quantprecision", "1")  # else sums saturate on processors without VNNI
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else idle threads slow what is timed next
     if optimized:
         options.optimized_model_filepath = optimized
     if profile:
