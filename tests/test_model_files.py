@@ -166,6 +166,45 @@ def test_another_shape_than_the_file_s_is_refused(written):
         runtime("openvino").prepare(read_model_file(paths["ONNX"]), torch.zeros(1, 4, 8, 8))
 
 
+def graph_file(path, nodes, constants, takes=("x", "float32", ("batch", 16, 16)), gives=("y",)):
+    """Write an ONNX file of nodes, each (kind, inputs, output), and of constants, arrays by their names."""
+    from onnx import helper, numpy_helper, save
+
+    name, dtype, shape = takes
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    outputs = [helper.make_tensor_value_info(one, kind, ("batch", *shape[1:])) for one in gives]
+    graph = helper.make_graph(
+        [helper.make_node(kind, inputs.split(), [output], output) for kind, inputs, output in nodes],
+        "graph",
+        [helper.make_tensor_value_info(name, kind, shape)],
+        outputs,
+        [numpy_helper.from_array(values, held) for held, values in constants.items()],
+    )
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float64", "fp64"), ("float32", "fp32")])
+def test_kernels_of_floats_have_the_type_of_their_tensors(tmp_path, dtype, precision):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed.")
+    nodes = [("MatMul", "x w", "product"), ("Tanh", "product", "bent"), ("MatMul", "bent bent", "y")]
+    path = graph_file(tmp_path / "a.onnx", nodes, {"w": np.eye(16, dtype=dtype)}, ("x", dtype, ("batch", 16, 16)))
+    file = read_model_file(path)
+    prepared = runtime("onnxruntime").prepare(file, file.example())
+    assert prepared.precision == precision and [kernel.precision for kernel in prepared.kernels] == [precision] * 2
+
+
+def test_products_of_inputs_that_are_rounded_on_the_way_are_integer_kernels(tmp_path):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed.")
+    from onnxruntime.quantization import quantize_dynamic
+
+    plain = graph_file(tmp_path / "plain.onnx", [("MatMul", "x w", "y")], {"w": np.eye(16, dtype=np.float32)})
+    quantize_dynamic(plain, tmp_path / "rounded.onnx")
+    file = read_model_file(tmp_path / "rounded.onnx")
+    (kernel,) = runtime("onnxruntime").prepare(file, file.example()).kernels
+    assert kernel.precision == "int8" and "MatMul" in kernel.implementation
+
+
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory):
     """The shipped network, its data, and its ONNX file."""
