@@ -194,6 +194,44 @@ def test_kernels_of_floats_have_the_type_of_their_tensors(tmp_path, dtype, preci
     assert prepared.precision == precision and [kernel.precision for kernel in prepared.kernels] == [precision] * 2
 
 
+TENTH = np.where(np.arange(256).reshape(16, 16) % 10, 0, 3).astype(np.float32)  # 26 weights of 256 are not 0
+STEP, ZERO = np.float32(0.5), np.uint8(128)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "constants", "nonzero"),
+    [
+        ([("MatMul", "x w", "y")], {"w": TENTH}, 26),
+        ([("MatMul", "w x", "y")], {"w": TENTH}, 26),
+        ([("Transpose", "w", "v"), ("MatMul", "x v", "y")], {"w": TENTH}, 26),
+        (
+            [("DequantizeLinear", "w s z", "v"), ("MatMul", "x v", "y")],
+            {"w": (TENTH + 128).astype(np.uint8), "s": STEP, "z": ZERO},
+            26,
+        ),
+        (
+            [("QuantizeLinear", "w s z", "q"), ("DequantizeLinear", "q s z", "v"), ("MatMul", "x v", "y")],
+            {"w": TENTH + np.float32(0.1), "s": STEP, "z": ZERO},  # a tenth is rounded to 0
+            26,
+        ),
+        ([("Mul", "s x", "v"), ("MatMul", "x v", "y")], {"s": STEP}, None),  # attention: a scaled product of inputs
+        ([("Add", "w x", "v"), ("MatMul", "x v", "y")], {"w": TENTH}, None),
+        ([("MatMul", "w w", "v"), ("Mul", "x v", "y")], {"w": TENTH}, None),  # computed once, before any image
+    ],
+    ids=["plain", "first", "transposed", "codes", "rounded", "scaled", "added", "folded"],
+)
+def test_weights_are_what_no_input_has_a_part_in(tmp_path, nodes, constants, nonzero):
+    file = read_model_file(graph_file(tmp_path / "a.onnx", nodes, constants))
+    found = [(one.parameters, one.nonzero, one.macs) for one in file.layers(file.example(batch=2))]
+    assert found == ([] if nonzero is None else [(256, nonzero, 16**3)])
+
+
+def test_weights_of_several_products_at_once_are_multiplied_once_each(tmp_path):
+    weights, takes = np.ones((4, 16, 8), np.float32), ("x", "float32", ("batch", 4, 16, 16))
+    file = read_model_file(graph_file(tmp_path / "a.onnx", [("MatMul", "x w", "y")], {"w": weights}, takes))
+    assert [one.macs for one in file.layers(file.example(batch=2))] == [4 * 16 * 16 * 8]
+
+
 def test_products_of_inputs_that_are_rounded_on_the_way_are_integer_kernels(tmp_path):
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed.")
     from onnxruntime.quantization import quantize_dynamic

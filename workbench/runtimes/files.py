@@ -78,8 +78,9 @@ class ModelFile:
 
     def layers(self, example: Tensor) -> list[FileLayer]:
         """Count weights and multiply-adds of the layers that multiply, for one image of the shape of `example`."""
-        graph = graph_of(self, example)
-        return [counted for node in graph.get_ordered_ops() for counted in _counted(node, len(example))]
+        nodes = graph_of(self, example).get_ordered_ops()
+        fixed = _fixed(nodes)
+        return [counted for node in nodes for counted in _counted(node, fixed, len(example))]
 
     def parameters(self) -> int:
         """Count the numbers that the file holds: its constants with more than one value, shapes and axes left out."""
@@ -158,29 +159,48 @@ def _unreadable(path: Path, why: str) -> RuntimeFailed:
     return RuntimeFailed(f"{path} cannot be read as {FORMATS[path.suffix.lower()]}: {why}{beside}.")
 
 
-def _counted(node, batch: int) -> Iterator[FileLayer]:
+def _fixed(nodes: list) -> set[str]:
+    """Return the names of those of the ordered nodes in which the input has no part: constants, and what reads them."""
+    found = set()
+    for node in nodes:
+        reads = [port.get_source_output().get_node().get_name() for port in node.inputs()]
+        if node.get_type_name() == "Constant" or (reads and found.issuperset(reads)):
+            found.add(node.get_name())
+    return found
+
+
+def _counted(node, fixed: set[str], batch: int) -> Iterator[FileLayer]:
     """Yield the counts of a node that multiplies by constants; products of two activations have no weights."""
     kind = KINDS.get(node.get_type_name())
-    weights = _constant(node.input_value(1).get_node()) if kind else None
-    if weights is None:
+    ports = {"Convolution": node.inputs()[1:2], "MatMul": node.inputs()}.get(kind, [])
+    held = [port.get_source_output() for port in ports if port.get_source_output().get_node().get_name() in fixed]
+    if len(held) != 1:
         return
-    shape, output = tuple(node.input(1).get_shape()), tuple(node.get_output_shape(0))
-    channels = output[1] if kind == "Convolution" else output[-1]
-    each = math.prod(shape) // channels  # multiplications behind one output number
-    values = np.asarray(weights.data)
-    macs = each * math.prod(output) // batch
-    counts = (values.size, int(np.count_nonzero(values)), macs)
-    held = (shape[0] * shape[1], *shape[2:]) if node.get_type_name() == "GroupConvolution" else shape
-    yield FileLayer(node.get_friendly_name(), kind, *counts, (1, *output[1:]), held)
+    shape, output = tuple(held[0].get_shape()), tuple(node.get_output_shape(0))
+    size, values = math.prod(shape), _evaluated(held[0])
+    nonzero = size if values is None else int(np.count_nonzero(values.data))
+    macs = _multiplications(node, kind) * math.prod(output) // batch
+    shape = (shape[0] * shape[1], *shape[2:]) if node.get_type_name() == "GroupConvolution" else shape
+    yield FileLayer(node.get_friendly_name(), kind, size, nonzero, macs, (1, *output[1:]), shape)
 
 
-def _constant(node):
-    """Return the constant behind a weight, through what decompresses it; None for a computed one."""
-    while node.get_type_name() != "Constant":
-        if not node.inputs() or node.get_type_name() == "Parameter":
-            return None
-        node = node.input_value(0).get_node()
-    return node
+def _multiplications(node, kind: str) -> int:
+    """Return how many multiplications are behind one output number."""
+    if kind == "Convolution":
+        return math.prod(node.input(1).get_shape()) // node.get_output_shape(0)[1]
+    shape = node.input(0).get_shape()
+    return shape[-2 if node.get_attributes()["transpose_a"] and len(shape) > 1 else -1]
+
+
+def _evaluated(output) -> Any:
+    """Return what is computed from constants alone, an openvino.Tensor; None where OpenVINO shows no such numbers."""
+    from openvino import Tensor
+
+    node = output.get_node()
+    given = [_evaluated(port.get_source_output()) for port in node.inputs()]
+    results = [Tensor(one.get_element_type(), one.get_shape()) for one in node.outputs()]
+    told = all(one is not None for one in given) and node.evaluate(results, given)
+    return results[output.get_index()] if told else None
 
 
 def _values(node) -> int:
