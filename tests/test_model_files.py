@@ -194,6 +194,17 @@ def test_kernels_of_floats_have_the_type_of_their_tensors(tmp_path, dtype, preci
     assert prepared.precision == precision and [kernel.precision for kernel in prepared.kernels] == [precision] * 2
 
 
+def test_weights_in_a_second_file_are_counted_once(tmp_path):
+    import onnx
+
+    nodes, square = [("MatMul", "x v", "z"), ("MatMul", "z w", "y")], np.ones((16, 16), np.float32)
+    whole = onnx.load(graph_file(tmp_path / "whole.onnx", nodes, {"v": square, "w": square}))
+    onnx.save(whole, tmp_path / "apart.onnx", save_as_external_data=True, location="apart.data", size_threshold=0)
+    beside = (tmp_path / "apart.data").stat().st_size
+    assert read_model_file(tmp_path / "apart.onnx").size_bytes == (tmp_path / "apart.onnx").stat().st_size + beside
+    assert beside >= 2 * square.nbytes
+
+
 TENTH = np.where(np.arange(256).reshape(16, 16) % 10, 0, 3).astype(np.float32)  # 26 weights of 256 are not 0
 STEP, ZERO = np.float32(0.5), np.uint8(128)
 

@@ -52,9 +52,20 @@ class ModelFile:
 
     @property
     def size_bytes(self) -> int:
-        """The bytes of the file, and of the weights beside it that an IR keeps in a second one."""
-        beside = self.path.with_suffix(".bin") if self.format == FORMATS[".xml"] else None
-        return self.path.stat().st_size + (beside.stat().st_size if beside and beside.is_file() else 0)
+        """The bytes of the file, and of the files beside it that hold its weights."""
+        return sum(path.stat().st_size for path in (self.path, *self._beside()) if path.is_file())
+
+    def _beside(self) -> set[Path]:
+        """Return where an IR, or an ONNX file with external data, says that its weights lie."""
+        if self.format == FORMATS[".xml"]:
+            return {self.path.with_suffix(".bin")}
+        try:
+            import onnx
+        except ImportError:  # OpenVINO runs such a file without that package, and does not tell where its data lie
+            return set()
+        tensors = onnx.load(self.path, load_external_data=False).graph.initializer
+        places = [entry.value for one in tensors for entry in one.external_data if entry.key == "location"]
+        return {self.path.parent / place for place in places}
 
     @property
     def fixed_batch(self) -> int:
