@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from workbench.profiler.room import bytes_for_one, has_room, require_room
 from workbench.profiler.timing import checked_ms, latencies, undisturbed, warm_up, was_noisy
 from workbench.profiler.units import counted
 from workbench.runtimes import Prepared
@@ -316,9 +317,12 @@ def scenarios(
     `example`, float (B, C, H, W): images that are repeated as often as a batch needs. The server is offered 80 % of
     what single stream answered, and keeps `bound_ms`, by default twenty times single stream's median but no less than
     15 ms; it runs on until 1,000 queries make a p99, at most ten times as long. Offline takes the best of a few batch
-    sizes. Raises RuntimeFailed where the runtime cannot run the model, and ValueError unless `seconds` is above 0.
+    sizes, of those that have room. Raises RuntimeFailed where the runtime cannot run the model or the images of multi
+    stream have no room, and ValueError unless `seconds` is above 0.
     """
     prepare, found = runtime_named(runtime).prepare, {}
+    needed = bytes_for_one(model, repeated(example, 1))
+    require_room(needed, STREAMS)
     one = prepare(model, repeated(example, 1), threads)
     yield from _into(found, single_stream(one, seconds))
     alone = found["single stream"]
@@ -327,7 +331,7 @@ def scenarios(
     rate = LOAD * alone.images_per_second
     length = max(seconds, min(1.1 * FEWEST_FOR_P99 / rate, 10 * seconds))
     yield from _into(found, server(one, rate, bound_ms, length, seed))
-    many = [prepare(model, repeated(example, batch), threads) for batch in OFFLINE_BATCHES]
+    many = [prepare(model, repeated(example, batch), threads) for batch in OFFLINE_BATCHES if has_room(needed, batch)]
     yield from _into(found, offline(_most_images(many, seconds), seconds))
 
 
