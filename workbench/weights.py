@@ -340,6 +340,17 @@ def weight_parametrizations(layer: nn.Module, name: str = "weight") -> list[nn.M
     return list(layer.parametrizations[name])
 
 
+def stored_weight(layer: nn.Module) -> Tensor | None:
+    """Return the tensor that lies below everything stacked on the layer's weight; None for a layer without a weight.
+
+    It also tells whether two layers share a weight. Of the two tensors that `weight_norm` keeps it is the first.
+    """
+    if not parametrize.is_parametrized(layer, "weight"):
+        return getattr(layer, "weight", None)
+    stack = layer.parametrizations.weight
+    return stack.original if hasattr(stack, "original") else stack.original0
+
+
 def rounded_bits(layer: nn.Module) -> int:
     """Return how many bits the layer's weight is rounded to, 32 where it is not."""
     return min((one.bits for one in weight_parametrizations(layer) if isinstance(one, FakeQuantize)), default=32)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.data import Split
-from workbench.surgery import remembered
+from workbench.surgery import identity, remembered
 
 CALIBRATION_IMAGES = 128  # 512 gain less than a point more and cost four times the wait
 BATCH = 64
@@ -123,4 +123,4 @@ def calibration_batches(model: nn.Module, data: Any) -> list[Tensor]:
         batches = [images.to(first.device, first.dtype) for images, _ in sample.batches(BATCH) if len(images) > 1]
         return data, batches  # holding the data keeps its id from being given to another
 
-    return remembered(model, ("calibration images", id(data)), draw)[1]
+    return remembered(model, ("calibration images", identity(data)), draw)[1]
