@@ -317,14 +317,17 @@ class InputQuantizer(nn.Module):
         return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
 
 
-def _quantize_input(layer: nn.Module, args: tuple) -> tuple:
-    return (layer.input_quantizer(args[0]), *args[1:])
+def _quantize_input(layer: nn.Module, args: tuple, named: dict) -> tuple[tuple, dict]:
+    if args:
+        return (layer.input_quantizer(args[0]), *args[1:]), named
+    name, x = next(iter(named.items()))
+    return args, {**named, name: layer.input_quantizer(x)}
 
 
 def attach_input_quantizer(layer: nn.Module, quantizer: InputQuantizer) -> None:
     """Quantize the input of `layer` from now on; replaces a quantizer that is already there."""
     if not hasattr(layer, "input_quantizer"):
-        layer.register_forward_pre_hook(_quantize_input)
+        layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
     layer.input_quantizer = quantizer
 
 

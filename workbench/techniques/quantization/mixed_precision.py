@@ -145,6 +145,8 @@ def _measure(model: nn.Module, images: Tensor, labels: Tensor | None, sensitivit
         raise ValueError("MixedPrecision needs labels to measure the loss: pass data, or set sensitivity='outputs'.")
     with torch.no_grad():
         exact = model(images).float()
+    if not exact.isfinite().all():
+        raise ValueError("MixedPrecision: the model answers NaN or infinity; look for such values in the images.")
 
     def distance(small: nn.Module) -> float:
         with torch.no_grad():
