@@ -343,14 +343,14 @@ def weight_parametrizations(layer: nn.Module, name: str = "weight") -> list[nn.M
     return list(layer.parametrizations[name])
 
 
-def stored_weight(layer: nn.Module) -> Tensor | None:
-    """Return the tensor that lies below everything stacked on the layer's weight; None for a layer without a weight.
+def stored_tensor(layer: nn.Module, name: str = "weight") -> Tensor | None:
+    """Return what lies below everything stacked on the layer's weight (or another parameter); None if it has none.
 
     It also tells whether two layers share a weight. Of the two tensors that `weight_norm` keeps it is the first.
     """
-    if not parametrize.is_parametrized(layer, "weight"):
-        return getattr(layer, "weight", None)
-    stack = layer.parametrizations.weight
+    if not parametrize.is_parametrized(layer, name):
+        return getattr(layer, name, None)
+    stack = layer.parametrizations[name]
     return stack.original if hasattr(stack, "original") else stack.original0
 
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from workbench.surgery import clone, remembered, weighted_layers
 from workbench.technique import Technique, setting
 from workbench.techniques.repair import finetune
-from workbench.weights import Codebook, finite_weight, parametrize_weight, stored_weight
+from workbench.weights import Codebook, finite_weight, parametrize_weight, stored_tensor
 
 INITIAL = ("cube-root", "linear", "density", "k-means++")
 ROUNDS = 60  # of assigning and averaging, at most
@@ -265,7 +265,7 @@ def _groups(model: nn.Module, scope: str) -> list[list[str]]:
         return [[name for name, _ in layers]]
     groups: dict[int, list[str]] = {}
     for name, layer in layers:
-        groups.setdefault(id(stored_weight(layer)), []).append(name)
+        groups.setdefault(id(stored_tensor(layer)), []).append(name)
     return list(groups.values())
 
 

@@ -21,7 +21,7 @@ from workbench.techniques.quantization.post_training import Quantization
 from workbench.techniques.quantization.structure import only_masked, tied_layers
 from workbench.techniques.repair import calibration_batches
 from workbench.training import Step
-from workbench.weights import FakeQuantize, finite_weight, parametrize_weight, stored_weight
+from workbench.weights import FakeQuantize, finite_weight, parametrize_weight, stored_tensor
 
 T = TypeVar("T")
 
@@ -128,7 +128,7 @@ class LayerwiseRounding(Technique):
             weight = finite_weight(names[0], layers[0].weight.detach()).float()
             values = self._values(model, names[0], weight.flatten(1), moments, quantizer)
             with torch.no_grad():
-                stored_weight(layers[0]).copy_(values.reshape(weight.shape))
+                stored_tensor(layers[0]).copy_(values.reshape(weight.shape))
         for layer in layers:
             parametrize_weight(layer, clone(quantizer))
 
