@@ -261,8 +261,8 @@ def _roundable(model: nn.Module) -> list[tuple[nn.Module, str]]:
             stored = stored_tensor(layer, tensor)
             if stored.shape != value.shape:
                 raise ValueError(
-                    f"EntropyAwareTraining: the {tensor} of layer {name!r} is kept in several tensors (weight_norm); call "
-                    f"torch.nn.utils.parametrize.remove_parametrizations(layer, {tensor!r}) first."
+                    f"EntropyAwareTraining: the {tensor} of layer {name!r} is kept in several tensors (weight_norm); "
+                    f"call torch.nn.utils.parametrize.remove_parametrizations(layer, {tensor!r}) first."
                 )
             if id(stored) in owners:
                 raise ValueError(
