@@ -168,10 +168,10 @@ def test_another_shape_than_the_file_s_is_refused(written):
 
 def graph_file(path, nodes, constants, takes=("x", "float32", ("batch", 16, 16)), gives=("y",)):
     """Write an ONNX file of nodes, each (kind, inputs, output), and of constants, arrays by their names."""
-    from onnx import helper, numpy_helper, save
+    from onnx import TensorProto, helper, numpy_helper, save
 
     name, dtype, shape = takes
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    kind = getattr(TensorProto, {"float32": "FLOAT", "float64": "DOUBLE", "bfloat16": "BFLOAT16"}[dtype])
     outputs = [helper.make_tensor_value_info(one, kind, ("batch", *shape[1:])) for one in gives]
     graph = helper.make_graph(
         [helper.make_node(kind, inputs.split(), [output], output) for kind, inputs, output in nodes],
@@ -182,6 +182,20 @@ def graph_file(path, nodes, constants, takes=("x", "float32", ("batch", 16, 16))
     )
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     return path
+
+
+@pytest.mark.parametrize(
+    ("takes", "gives", "says"),
+    [
+        (("x", "float32", ("batch", 16)), ("y", "z"), r"has 2 outputs \(y, z\); models of one output"),
+        (("x", "float32", ()), ("y",), "takes a single number"),
+        (("x", "bfloat16", ("batch", 16)), ("y",), "takes numbers of type bf16; export it for one of f32, "),
+    ],
+)
+def test_files_that_cannot_be_profiled_are_refused(tmp_path, takes, gives, says):
+    path = graph_file(tmp_path / "a.onnx", [("Neg", "x", "y"), ("Neg", "y", "z")], {}, takes, gives)
+    with pytest.raises(RuntimeFailed, match=says):
+        read_model_file(path)
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [("float64", "fp64"), ("float32", "fp32")])

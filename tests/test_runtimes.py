@@ -171,6 +171,15 @@ def test_a_model_that_raises_gives_one_clear_sentence():
         runtime("eager").prepare(nn.Linear(3, 2), images())
 
 
+@pytest.mark.parametrize("one", ANY_MODEL, ids=lambda one: one.name)
+def test_a_model_of_whole_numbers_gets_whole_numbers(one):
+    torch.manual_seed(0)
+    words = torch.randint(0, 10, (4, 6))
+    prepared = one.prepare(nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(24, 3)).eval(), words)
+    assert prepared.difference < TOLERANCE[prepared.precision] and prepared(words).shape == (4, 3)
+    assert prepared.timed() > 0
+
+
 class Growing(nn.Module):
     def __init__(self):
         super().__init__()

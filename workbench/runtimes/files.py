@@ -20,7 +20,7 @@ from workbench.runtimes.base import RuntimeFailed, cause
 
 FORMATS = {".onnx": "ONNX", ".xml": "OpenVINO IR"}
 READERS = {".onnx": "onnx", ".xml": "ir"}  # what OpenVINO calls its readers
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "f64": torch.float64}
 DTYPES |= {"i64": torch.int64, "i32": torch.int32, "u8": torch.uint8, "i8": torch.int8}
 KINDS = {"Convolution": "Convolution", "GroupConvolution": "Convolution", "MatMul": "MatMul"}
 
@@ -110,17 +110,20 @@ def read_model_file(path: str | Path) -> ModelFile:
     if not path.is_file() or not is_model_file(path):
         raise RuntimeFailed(f"There is no model file {path}; its name ends in {' or '.join(FORMATS)}.")
     model = _read(path)
-    if len(model.inputs) != 1:
-        names = ", ".join(one.any_name for one in model.inputs)
-        raise RuntimeFailed(
-            f"{path.name} has {len(model.inputs)} inputs ({names}); models of one input can be profiled."
-        )
+    for ends, ports in (("input", model.inputs), ("output", model.outputs)):
+        if len(ports) != 1:
+            names = ", ".join(one.any_name for one in ports)
+            raise RuntimeFailed(
+                f"{path.name} has {len(ports)} {ends}s ({names}); models of one {ends} can be profiled."
+            )
     given, kind = model.inputs[0], model.inputs[0].get_element_type().get_type_name()
     if kind not in DTYPES:
-        raise RuntimeFailed(f"{path.name} takes numbers of type {kind}; {', '.join(DTYPES)} can be made up.")
+        raise RuntimeFailed(f"{path.name} takes numbers of type {kind}; export it for one of {', '.join(DTYPES)}.")
     partial = given.get_partial_shape()
     if partial.rank.is_dynamic:
         raise RuntimeFailed(f"{path.name} does not say how many dimensions its input has; export it with a shape.")
+    if not len(partial):
+        raise RuntimeFailed(f"{path.name} takes a single number; models of batches can be profiled, (batch, ...).")
     shape = tuple(0 if size.is_dynamic else size.get_length() for size in partial)
     return ModelFile(path, FORMATS[path.suffix.lower()], shape, DTYPES[kind], given.any_name)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from workbench.runtimes.base import Kernel, Prepared, Runtime, RuntimeFailed, precisions, quiet
+from workbench.runtimes.base import Kernel, Prepared, Runtime, RuntimeFailed, as_floats, precisions, quiet
 from workbench.runtimes.eager import bake, is_fake_quantized
 from workbench.runtimes.files import ModelFile
 from workbench.surgery import clone, model_class, weighted_layers
@@ -42,7 +42,7 @@ class RoundedInput(nn.Module):
 def onnx_model(model: nn.Module, example: Tensor) -> Any:
     """Return `model` as an onnx.ModelProto for batches of any size of inputs shaped like `example`.
 
-    Input and output are called "input" and "output", and are float32. Raises ImportError without the package onnx.
+    Input and output are called "input" and "output", and are float32; an input of whole numbers stays one. Raises ImportError without the package onnx.
     """
     import onnx
 
@@ -51,7 +51,7 @@ def onnx_model(model: nn.Module, example: Tensor) -> Any:
     for layer in list(plain.modules()):
         if isinstance(getattr(layer, "input_quantizer", None), InputQuantizer):
             layer.input_quantizer = RoundedInput(layer.input_quantizer)
-    graph = onnx.load_from_string(_exported(plain, example.float()))
+    graph = onnx.load_from_string(_exported(plain, as_floats(example)))
     _store_integers(graph.graph, codes)
     return graph
 
@@ -156,7 +156,7 @@ class PreparedOnnxRuntime(Prepared):
     def __init__(self, runtime: Runtime, model: nn.Module | ModelFile, example: Tensor, threads: int):
         super().__init__(runtime, example, threads)
         self.model, named = model, isinstance(model, ModelFile)
-        self._takes = (model.input_name, model.dtype) if named else ("input", torch.float32)
+        self._takes = (model.input_name, model.dtype) if named else ("input", as_floats(example).dtype)
         with tempfile.TemporaryDirectory() as folder:
             self._session, nodes = self._begun(folder)
         self.kernels = tuple(node.kernel for node in nodes if node.multiplies)
