@@ -201,6 +201,8 @@ def test_an_overloaded_server_ends_and_counts_those_who_still_wait(clock):
         (lambda one: server(one, 0, 5), "above 0, not 0 queries a second"),
         (lambda one: server(one, 10, -1), "and -1 ms"),
         (lambda one: server(Steady(None, 1, batch=8), 10, 5), "In server a query is one image"),
+        (lambda one: server(one, 10, 5, seconds=0), "more than 0, not 0"),
+        (lambda one: scenarios(vgg(), images(), "eager", seconds=0), "more than 0, not 0"),
         (lambda one: single_stream(Steady(None, 1, batch=8)), "prepare a batch of 1, not of 8"),
     ],
 )
