@@ -273,8 +273,12 @@ def _roundable(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _attach(layer: nn.Module, name: str, bits: int) -> _Coded:
-    """Stack a quantizer with a learned scale on the tensor: few levels start far apart, since few weights will stay."""
-    spread = float(layer.weight.detach().float().std(correction=0)) or 1.0
+    """Stack a quantizer with a learned scale on the tensor: few levels start far apart, since few weights will stay.
+
+    They reach as far as the weights spread, or lie from zero where all lie on one side of it.
+    """
+    weight = layer.weight.detach().float()
+    spread = max(float(weight.std(correction=0)), float(weight.mean().abs())) or 1.0
     scale = spread * min(2.0, 8 / 2 ** (bits - 1))
     if name == "bias":
         bits = min(bits + 1, 8)

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from workbench.surgery import clone, replace_layer, weighted_layers
 from workbench.surgery.channels.tracing import trace
-from workbench.weights import Mask, weight_parametrizations
+from workbench.weights import Mask, stored_weight, weight_parametrizations
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -70,13 +70,6 @@ class _Order:
 
 def _plain_class(layer: nn.Module) -> type:
     return type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
-
-
-def stored_weight(layer: nn.Module) -> Tensor | None:
-    """Return the tensor that lies below everything stacked on the layer's weight."""
-    if parametrize.is_parametrized(layer, "weight"):
-        return layer.parametrizations.weight.original
-    return getattr(layer, "weight", None)
 
 
 def only_masked(layer: nn.Module) -> bool:
