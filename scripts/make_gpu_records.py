@@ -44,7 +44,10 @@ def profiled(
         model, images = models.get_model(name).eval(), torch.randn(1, 3, pixels, pixels)
     sparse = wb.SemiStructuredPruning().compress(model)
     how = {"calls": calls, "throughput_batch": batch, "threads": threads}
-    return wb.profile(sparse, images, baseline=model, runtimes=runtimes, **how)
+    found = wb.profile(sparse, images, baseline=model, runtimes=runtimes, **how)
+    if found.stopped:
+        raise KeyboardInterrupt  # half a profile is no record
+    return found
 
 
 def main() -> None:

@@ -16,8 +16,9 @@ from workbench.cli.choosing import command_name, value_of
 from workbench.cli.progress import Progress
 from workbench.cli.serving import writable_copy
 from workbench.dashboard.server import environment, free_port
+from workbench.surgery import clone
 from workbench.technique import setting
-from workbench.techniques import TECHNIQUES, Quantization
+from workbench.techniques import TECHNIQUES, LowRank, Quantization
 from workbench.training import Accuracy, Step
 
 COMMANDS = ["dashboard", "lab", "train", "compress", "profile", "sweep", "doctor", "export"]
@@ -169,17 +170,54 @@ def write_images(folder, count=12, classes=10):
                 Image.new("L", (28, 28), 20 * label + i).save(place / f"{i}.png")
 
 
-def test_progress_stops_at_the_first_interrupt_and_leaves_the_handler_as_it_was():
+STEP = Step(1, 2, 0, 0.5, Accuracy(9, 10), 0.1)
+
+
+def test_progress_stops_at_the_first_interrupt_and_leaves_the_handler_as_it_was(capfd):
     before = signal.getsignal(signal.SIGINT)
-    step = Step(1, 2, 0, 0.5, Accuracy(9, 10), 0.1)
     with Progress("test") as watch:
-        assert watch(step) is True
         interrupt = signal.getsignal(signal.SIGINT)  # called, not raised: a real Ctrl-C is sent to a process above
+        with pytest.raises(KeyboardInterrupt):
+            interrupt(signal.SIGINT, None)  # before the first step nothing was learned that could be kept
+        assert watch(STEP) is True
         interrupt(signal.SIGINT, None)
-        assert watch(step) is False
+        assert "Stopping after this step" in capfd.readouterr().err and not watch.ended
+        assert watch(STEP) is False and watch.ended
         with pytest.raises(KeyboardInterrupt):
             interrupt(signal.SIGINT, None)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_result_whose_training_was_stopped_is_said_to_be_so(tmp_path, capsys, monkeypatch):
+    def stopped(self, model, data=None, watch=None):
+        assert watch(STEP) is True
+        signal.raise_signal(signal.SIGINT)
+        assert watch(STEP) is False
+        return clone(model)
+
+    monkeypatch.setattr(Quantization, "compress", stopped)
+    assert main(["compress", "glyphs-cnn", "quantization", "-o", str(tmp_path / "a.wb")]) == 0
+    assert "Stopped early" in capsys.readouterr().out
+    figures = tmp_path / "a.json"
+    argv = ["profile", "glyphs-cnn", "--technique", "quantization", "--runtime", "eager", "--calls", "6"]
+    assert main([*argv, "--json", str(figures)]) == 0
+    assert "Stopped early" in capsys.readouterr().out
+    assert json.loads(figures.read_text())["name"].endswith("its training stopped early")
+
+
+def test_a_stopped_sweep_keeps_its_records(tmp_path, capsys, monkeypatch):
+    def compress(self, model, data=None, watch=None):
+        if self.rank == 0.5:
+            raise KeyboardInterrupt
+        return clone(model)
+
+    monkeypatch.setattr(LowRank, "compress", compress)
+    path = tmp_path / "ranks.json"
+    argv = ["sweep", "glyphs-cnn", "low-rank", "--records", str(path), "--values"]
+    assert main([*argv, "rank=0.1,0.5,1.0"]) == 0
+    assert "Stopped early, with 1 of 3 values" in capsys.readouterr().out
+    assert [record["settings"]["rank"] for record in json.loads(path.read_text())] == [0.1]
+    assert main([*argv, "rank=0.5,1.0"]) == 130
 
 
 def test_lab_works_on_a_copy_that_keeps_the_learners_changes(tmp_path):

@@ -67,7 +67,9 @@ def test_unrest_and_other_models_are_noted(saved):
     other = changed(saved, load=7.5)
     other["runtimes"][0] |= {"noisy": True, "threads": 2, "batch": 8}
     other["model"]["parameters"] += 1
+    other["stopped"] = True
     notes = " ".join(compare_profiles(changed(saved), other, ("a", "b")).notes)
+    assert "The profile of b was stopped early" in notes
     assert "not the same model" in notes and "In b the machine was not quiet while it was measured, on eager" in notes
     assert "1 image a call on 1 thread, and 8 images a call on 2 threads" in notes
     assert "In b the machine had other work: 7.5 processes" in notes and "In a" not in notes

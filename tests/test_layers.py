@@ -16,6 +16,7 @@ from torch import nn
 
 from workbench.profiler import (
     KINDS,
+    Latency,
     LatencyModel,
     LayerTime,
     LayerTimes,
@@ -38,8 +39,8 @@ from workbench.profiler import (
     width_map,
 )
 from workbench.profiler.roofline import cache_sizes
-from workbench.profiler.verdicts import layer_verdicts
-from workbench.runtimes import Prepared, RuntimeFailed, runtime
+from workbench.profiler.verdicts import _of_the_whole, layer_verdicts
+from workbench.runtimes import Kernel, Prepared, RuntimeFailed, runtime
 from workbench.runtimes.layers import _profiler_ms, instrumented, layers_inside, parts_of
 from workbench.surgery import clone, weighted_layers
 from workbench.weights import Mask, parametrize_weight
@@ -391,6 +392,44 @@ def test_a_faster_model_is_said_to_be_faster_and_why():
     assert often(lambda: "compute in int8" in judged(quantized(vgg(32)), vgg(32)).evidence)
 
 
+def rounded(bits, kernels, inputs=True):
+    """Judge a model whose layers are rounded to so many bits and run such kernels, beside the one it was made from."""
+    model = vgg()
+    latency = Latency(((1.0,),), "openvino", "fp32", 1, 1, 1)
+    found = [Kernel(name, precision, "") for name, precision in kernels.items()]
+    inputs = frozenset(bits if inputs is True else inputs)
+    now = replace(taken(model, latency, found), bits=bits, rounded_inputs=inputs)
+    return whole_verdict(now, taken(model, latency))
+
+
+def test_the_bits_and_inputs_blamed_are_those_of_the_layers_without_an_integer_kernel():
+    found = rounded({"1": 4, "2": 8}, {"1": "int8", "2": "fp32"}, inputs=["1"])
+    assert "rounded to 8 bits" in found.evidence and "4-bit" not in found.evidence
+    assert found.kind == "fell back to fp32" and "Round the inputs too" in found.advice
+    found = rounded({"1": 8, "2": 8, "3": 8}, {"1": "int8", "2": "fp32", "3": "fp32"})
+    assert found.kind == "no kernel" and "no integer kernel for 2 layers" in found.evidence
+    assert "Round" not in found.advice and "Try another runtime" in found.advice
+    assert "4 bits and computes them in int8" in rounded({"1": 4, "2": 8}, {"1": "int8", "2": "int8"}).evidence
+
+
+def test_a_rounded_layer_without_a_kernel_is_not_told_to_round_its_inputs():
+    """ONNX Runtime multiplies a rounded convolution in groups in fp32, and the layers around it in int8."""
+    require("onnxruntime")
+    model = odd_widths()
+    whole, each = by_layer(quantized(model), images(2), "onnxruntime", baseline=model)
+    assert each["2"].kind == "no kernel" and "Weights and inputs are rounded" in each["2"].evidence
+    assert "Round" not in each["2"].advice and "Round" not in whole.advice
+
+
+def test_zeros_are_counted_among_weights_without_biases():
+    """A depthwise layer of 1×1 has as many biases as weights; they are no part of what is zero or not."""
+    model = nn.Sequential(nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 1, groups=8)).eval()
+    assert taken(model, None).zeros == 0
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert taken(model, None).zeros == 0.5
+
+
 def slower(model, baseline, known=None, layers=(), ms=2.0):
     """Judge two models as if the first had taken twice as long."""
     from test_profiler import taken as rounds
@@ -416,7 +455,7 @@ def test_starts_and_odd_widths_are_blamed_where_they_were_measured():
     odd = nn.Sequential(nn.Flatten(), nn.Linear(784, 51)).eval()
     starts = lambda ms: Limits(roofline(), {"ReLU": ms, "Linear": ms}, "eager", 1)
     found = slower(odd, square, starts(1.5))
-    assert found.kind == "launch-bound" and "starting its 1 layer takes 1.5 ms here" in found.evidence
+    assert found.kind == "launch-bound" and "starting 1 empty layer takes 1.5 ms here" in found.evidence
     assert slower(odd, square, starts(0.5)).kind == "slower"  # a quarter of the 2 ms explains little
     width = Verdict("1", "unaligned width", "1 takes 2 ms with 51 and 0.5 ms with 48.", "Round its widths.")
     found = slower(odd, square, starts(0.5), [Verdict("0", "memory-bound", "It moves."), width])
@@ -531,3 +570,22 @@ def test_a_layer_too_quick_for_the_clock_is_said_to_be_so():
     known = Limits(roofline(), {"ReLU": 0.001}, "openvino", 1)
     (said,) = layer_verdicts(nn.Identity(), torch.zeros(1, 3, 4, 4), found, known)
     assert "less than the runtime's clock tells" in said.evidence and "0 µs;" not in said.evidence
+
+
+def started(kind, ms):
+    """Judge a model of three layers of that kind, 1 µs each, where an empty layer takes `ms` on this machine."""
+    each = [LayerTime(name, kind, 0.001, 0.1, 0, 64, 64, "fp32", "") for name in "abc"]
+    found = LayerTimes(tuple(each), 0.01, 0.007, "eager", "fp32", 1, 1, False)
+    known = Limits(roofline(), {"ReLU": ms, "Linear": ms}, "eager", 1)
+    said = layer_verdicts(nn.Identity(), torch.zeros(1, 3, 4, 4), found, known)
+    return said[0].evidence, _of_the_whole(found, said, known).evidence
+
+
+def test_starting_a_layer_is_said_to_be_measured_for_the_kinds_that_were():
+    assert "starting an empty Linear alone takes 10 µs here" in started("Linear", 0.01)[0]
+    assert "starting an empty layer alone takes 10 µs here" in started("LayerNorm", 0.01)[0]
+
+
+def test_starts_that_add_up_to_more_than_the_whole_are_shown_as_measured():
+    whole = started("Linear", 0.01)[1]
+    assert "launch-bound" in whole and "starting 3 empty layers takes 30 µs here, and the whole model 10 µs" in whole

@@ -67,6 +67,15 @@ def test_a_file_of_another_program_is_profiled_against_its_model(here, capsys):
     assert "openvino" in said and "the baseline there" in said
 
 
+@pytest.mark.parametrize("words", [("--technique=low-rank",), ("--technique", "low-rank")])
+def test_a_technique_is_named_with_or_without_an_equals_sign(here, words, capsys):
+    assert (
+        main(["profile", "my_nets:build", "--input", "1,3,8,8", *words, "--rank", "0.25", *QUICK, "--json", "a.json"])
+        == 0
+    )
+    assert json.loads((here / "a.json").read_text())["name"] == "build, low rank (rank 0.25)"
+
+
 def test_two_profiles_stand_side_by_side(here, capsys):
     for name in ("a.json", "b.json"):
         assert main(["profile", "my_nets:build", "--input", "1,3,8,8", *QUICK, "--json", name]) == 0

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import profiles
 import pytest
 import torch
 from test_runtimes import Foreign, images, outputs, quantized, vgg
@@ -246,8 +247,8 @@ def test_layer_costs_name_kinds_shapes_and_zeros():
     parametrize_weight(layer, Mask(mask))
     costs = {cost.name: cost for cost in layer_costs(model, images())}
     assert costs["4"].kind == "Conv2d" and costs["4"].output_shape == (1, 16, 14, 14)
-    assert costs["4"].nonzero == layer.weight[0].numel() and costs["4"].parameters == layer.weight.numel()
-    assert costs["14"].kind == "Linear" and costs["14"].parameters == 32 * 10 + 10
+    assert costs["4"].nonzero == layer.weight[0].numel() and costs["4"].weights == layer.weight.numel()
+    assert costs["14"].kind == "Linear" and costs["14"].weights == 32 * 10 == costs["14"].parameters - 10
 
 
 def test_a_layer_used_twice_costs_twice_and_an_unused_one_nothing():
@@ -327,6 +328,31 @@ def test_zeros_do_not_make_dense_kernels_quicker_and_the_profile_says_so():
         parametrize_weight(layer, Mask(torch.rand(layer.weight.shape) > 0.9))
     say = lambda: profile(sparse, images(), baseline=model, runtimes=["eager"], throughput_batch=2).sentences()
     assert any("dense kernels multiply them all the same" in " ".join(say()) for _ in range(3))
+
+
+def told(*runs, **measures):
+    """Return the sentences of a made-up profile with these runs, beside a baseline that takes twice as long."""
+    profile = profiles.report().profile
+    model, (like,) = replace(profile.model, **measures), profile.runs
+    return replace(profile, model=model, runs=tuple(replace(like, **run) for run in runs)).sentences()
+
+
+def test_a_smaller_model_that_gains_little_is_blamed_on_nothing_that_a_profile_measures():
+    """The made-up model does 4.3 times fewer multiply-adds and is twice as fast; no layer of it was timed."""
+    (fewer,) = [one for one in told({}) if "fewer multiply-adds" in one]
+    assert fewer == "On openvino the model does 4.3× fewer multiply-adds, but it is 2.0× faster (2.0–2.0)."
+    assert sum("its layers tell what holds it up" in one for one in told({}, {"runtime": "eager"})) == 1
+    assert not any("holds it up" in one for one in told({}, macs=30_000_000))
+
+
+def test_rounding_is_simulated_in_the_precision_of_the_runtime():
+    simulating = {"note": "rounding to integers is only simulated"}
+    half = {"runtime": "cuda half", "latency": profiles.latency(0.4, precision="fp16")}
+    said = [one for one in told(simulating, half | simulating) if "simulated" in one]
+    assert [one.split(";")[0] for one in said] == [
+        "On openvino rounding to integers is only simulated in fp32",
+        "On cuda half rounding to integers is only simulated in fp16",
+    ]
 
 
 def test_a_runtime_that_fails_is_named_and_the_others_are_measured():

@@ -135,6 +135,32 @@ def test_a_section_that_breaks_leaves_the_others(monkeypatch):
     assert found.layers is not None and found.missing == {"memory": "KeyError, 'kernel'"}
 
 
+@pytest.mark.parametrize(
+    "message, at, calls", [("timing single calls", 10, range(1, 60)), ("timing large batches", 1, [60])]
+)
+def test_a_stop_while_timing_keeps_the_calls_made_until_then(message, at, calls):
+    """As Ctrl-C would: in the middle of the single calls, or before the first of the large batches."""
+    seen = []
+
+    def interrupt(doing, fraction):
+        seen.append(doing)
+        if doing == message and seen.count(message) == at:
+            raise KeyboardInterrupt
+
+    found = investigate(subject(), None, ("memory",), interrupt, runtimes=["eager"], calls=60, throughput_batch=2)
+    assert found.profile.stopped and found.profile.runs[0].latency.calls in calls
+    assert "Stopped early" in str(found) and set(found.missing) == {"memory"} and found.to_dict()["stopped"]
+
+
+def test_a_stop_before_a_call_was_timed_is_raised():
+    def interrupt(message, fraction):
+        if message.startswith("preparing"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        investigate(subject(), None, (), interrupt, runtimes=["eager"], calls=6)
+
+
 def test_a_stop_keeps_what_was_measured(monkeypatch):
     def stops(case, report):
         yield "half", {"energy": "half"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -87,16 +87,34 @@ def sweep(
     With `latency`, all results are timed together, in turns, on every runtime of this machine. `watch(message,
     fraction)` is called before each step. `seed` is set before each technique, so that the same sweep gives the same.
     """
+    records = []
+    for records in measure_sweep(techniques, model, data, split, latency, watch, seed, threads):  # noqa: B007
+        pass
+    return records
+
+
+def measure_sweep(
+    techniques: Iterable[Technique],
+    model: nn.Module,
+    data: Data,
+    split: str = "val",
+    latency: bool = False,
+    watch: Progress | None = None,
+    seed: int = 0,
+    threads: int = 1,
+) -> Iterator[list[Record]]:
+    """Measure as `sweep` does, and yield the records so far after each technique, and at the end those with times."""
     techniques, results, records = list(techniques), [], []
     watch = watch or (lambda message, fraction: None)
     for i, technique in enumerate(techniques):
         watch(str(technique), i / max(len(techniques), 1))
         torch.manual_seed(seed)
         results.append(technique.compress(model, data))
-        records.append(_record(technique, results[-1], model, data, split, seed))
+        records = [*records, _record(technique, results[-1], model, data, split, seed)]
+        yield records
     timed = _timed(results, data, threads, watch) if latency and results else [{} for _ in results]
     watch("done", 1.0)
-    return [replace(record, latency=found) for record, found in zip(records, timed, strict=True)]
+    yield [replace(record, latency=found) for record, found in zip(records, timed, strict=True)]
 
 
 def _record(technique: Technique, result: nn.Module, model: nn.Module, data: Data, split: str, seed: int) -> Record:

@@ -30,7 +30,7 @@ def technique_in(argv: list[str]):
     """Return the first technique that `argv` names, or None: its settings become flags before `argv` is parsed."""
     for word in argv:
         try:
-            return technique_named(word)
+            return technique_named(word.removeprefix("--technique="))
         except argparse.ArgumentTypeError:
             continue
     return None
@@ -91,12 +91,15 @@ def at_least_one(text: str) -> int:
 
 
 def compressed(technique, model, data):
-    """Return the shipped result for these settings where there is one, else compress now, training in sight."""
+    """Return the shipped result for these settings where there is one, else compress now, training in sight.
+
+    With it comes whether Ctrl-C ended the training early.
+    """
     recalled = technique.recall(model)
     if recalled is not None:
-        return recalled
+        return recalled, False
     with Progress(type(technique).title()) as watch:
-        return technique.compress(model, data, watch)
+        return technique.compress(model, data, watch), watch.ended
 
 
 def shape_of(text: str) -> tuple[int, ...]:

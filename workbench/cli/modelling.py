@@ -122,19 +122,20 @@ def run_compress(args) -> None:
 
     model, name = model_named(args.model)
     technique = chosen(args, args.technique)
-    small = compressed(technique, model, data_for(model, args.data))
+    small, ended = compressed(technique, model, data_for(model, args.data))
     before, after = len(encode(model)), save(small, args.output)
     print(f"{name}, {technique}: {before:,} → {after:,} bytes, {before / after:.1f} times smaller. File: {args.output}")
+    if ended:
+        print("Stopped early; the file holds what was learned until then. Compress again to train to the end.")
 
 
 def run_sweep(args) -> None:
     """Measure the technique at each of the values, print one line for each, and keep them as records."""
-    from workbench.records import sweep, write_records
+    from workbench.records import write_records
 
     techniques = swept(args)
     model, name = model_named(args.model)
-    with Doing() as watch:
-        records = sweep(techniques, model, data_for(model, args.data), args.split, args.latency, watch)
+    records, stopped = _records(args, techniques, model)
     setting = args.values.partition("=")[0].strip().replace("-", "_")
     print(f"{setting:>16} {'bytes':>12} {'smaller':>9}  accuracy ({args.split} of {records[0].data})")
     for record in records:
@@ -144,6 +145,29 @@ def run_sweep(args) -> None:
     if args.records:
         path = write_records(args.records.stem, records, args.records.parent)
         print(f"Records of {name}: {path}")
+    if stopped:
+        times = " and no times" if args.latency else ""
+        print(
+            f"Stopped early, with {len(records)} of {len(techniques)} values{times}; sweep again to measure them all."
+        )
+
+
+def _records(args, techniques: list, model) -> tuple[list, bool]:
+    """Return the records of a sweep, and whether Ctrl-C ended it early; before the first record it is raised."""
+    from workbench.records import measure_sweep
+
+    records = []
+    with Doing() as watch:
+        try:
+            for records in measure_sweep(  # noqa: B007
+                techniques, model, data_for(model, args.data), args.split, args.latency, watch
+            ):
+                pass
+        except KeyboardInterrupt:
+            if not records:
+                raise
+            return records, True
+    return records, False
 
 
 def swept(args) -> list:

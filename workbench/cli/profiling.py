@@ -131,8 +131,12 @@ def _compressed(args, subject):
             f"{subject.name} is a file of another program, which no technique compresses; give a torch model."
         )
     technique = chosen(args, args.technique)
-    small = compressed(technique, subject.model, subject.images)
-    return replace(subject, name=f"{subject.name}, {_in_words(technique)}", model=small)
+    small, ended = compressed(technique, subject.model, subject.images)
+    name = f"{subject.name}, {_in_words(technique)}"
+    if ended:
+        name += ", its training stopped early"
+        print("Stopped early; measured is what was learned until then. Run it again to train to the end.\n")
+    return replace(subject, name=name, model=small)
 
 
 def _in_words(technique) -> str:

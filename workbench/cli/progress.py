@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
 BAR = 24  # characters
+STOPPING = b"\nStopping after this step; Ctrl-C again stops at once.\n"
 
 
 class Progress:
     """Watch a training: draw each `Step`, and answer False once Ctrl-C was pressed; a second one interrupts for good.
 
-    Use it as `with Progress("lenet-5") as watch: technique.compress(model, data, watch)`.
+    So does the first one before any step: nothing was learned that could be kept. `ended` says that a training was told
+    to end. Use it as `with Progress("lenet-5") as watch: technique.compress(model, data, watch)`.
     """
 
     def __init__(self, title: str):
-        self.title, self.bar, self.stopped, self.best = title, None, False, None
+        self.title, self.bar, self.stopped, self.ended, self.best = title, None, False, False, None
 
     def __enter__(self) -> Progress:
         self._before = signal.signal(signal.SIGINT, self._stop)
@@ -37,12 +40,14 @@ class Progress:
         self.bar.n = step.step
         best = f"best {self.best.percent:.2f} %" if self.best else ""
         self.bar.set_postfix_str(", ".join(filter(None, [f"loss {step.loss:.3f}", best])))
+        self.ended = self.ended or self.stopped
         return not self.stopped
 
     def _stop(self, *_) -> None:
-        if self.stopped:
+        if self.stopped or self.bar is None:
             raise KeyboardInterrupt
         self.stopped = True
+        os.write(2, STOPPING)  # by the system alone: Python's own files may be in the middle of a write
 
 
 class Doing:

@@ -193,6 +193,8 @@ def _notes(first: dict, second: dict, names: tuple[str, str]) -> Iterator[str]:
         yield f"They were not timed alike: {hows[0]}, and {hows[1]}."
     for name, found in zip(names, (first, second), strict=True):
         yield from _unrest(name, found["runtimes"], found["environment"])
+        if found.get("stopped"):
+            yield f"The profile of {name} was stopped early and rests on fewer calls."
 
 
 def _how(rows: list[dict]) -> str:

@@ -15,11 +15,16 @@ from workbench.surgery import clone, weighted_layers
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Counted costs of one linear or convolution layer on one image; `nonzero` counts the weights that are not 0."""
+    """Counted costs of one linear or convolution layer on one image; `nonzero` counts the weights that are not 0.
+
+    `parameters` are the weights and the bias; in files of other programs, where a bias is no part of the layer, the
+    weights alone.
+    """
 
     name: str
     kind: str
     parameters: int
+    weights: int
     nonzero: int
     macs: int
     output_shape: tuple[int, ...]
@@ -46,7 +51,8 @@ def _cost(name: str, layer: nn.Module, shapes: list[torch.Size]) -> LayerCost:
     macs = each * sum(math.prod(shape) for shape in shapes)
     parameters = weight.numel() + (0 if bias is None else bias.numel())
     kind = next(kind.__name__ for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) if isinstance(layer, kind))
-    return LayerCost(name, kind, parameters, int((weight != 0).sum()), macs, tuple(shapes[-1]) if shapes else ())
+    counts = (parameters, weight.numel(), int((weight != 0).sum()), macs)
+    return LayerCost(name, kind, *counts, tuple(shapes[-1]) if shapes else ())
 
 
 def peak_activation_bytes(model: nn.Module, example: Tensor) -> int:

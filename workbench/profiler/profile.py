@@ -19,6 +19,7 @@ from workbench.profiler.scenarios import repeated
 from workbench.profiler.timing import Latency, measure
 from workbench.runtimes import RUNTIMES, ModelFile, Prepared, Runtime, RuntimeFailed, runtime
 from workbench.runtimes.cuda import Cuda
+from workbench.runtimes.files import FileLayer
 from workbench.surgery import clone
 from workbench.training import predictions
 from workbench.weights import sparsity
@@ -56,6 +57,7 @@ def profile(
     `data` is a Data, or one example batch, float (B, C, H, W); accuracy is counted on `split` of a Data, for a file by
     the first runtime that runs it. Where a model does not take `throughput_batch` images, throughput is that of
     `batch`. `flush_l2` overwrites a GPU's L2 cache before each call there, as if something else had run in between.
+    Ctrl-C ends the timing; the profile is then `stopped` and rests on the rounds taken, and without one it is raised.
     Raises ValueError for wrong arguments and RuntimeFailed if the model fails, or no runtime can run it, or the batch
     has no room; `watch(message, fraction)`.
     """
@@ -71,8 +73,11 @@ def profile(
     contests, failed = _prepare_all(models, chosen, example, large, threads, watch)
     if not contests:
         raise RuntimeFailed(" ".join(["No runtime can run this model.", *failed.values()]))
-    single = _time([one.single for one in contests], calls, "timing single calls", 0.5, watch)
-    many = _time([one.batch for one in contests], BATCH_CALLS, "timing large batches", 0.75, watch, BATCH_BUDGET_S)
+    single, stopped = _time([one.single for one in contests], calls, "timing single calls", 0.5, watch)
+    many = single
+    if not stopped:
+        large = [one.batch for one in contests]
+        many, stopped = _time(large, BATCH_CALLS, "timing large batches", 0.75, watch, BATCH_BUDGET_S, single)
     runs = [_run(*found) for found in zip(contests, single, many, strict=True)]
     watch("done", 1.0)
     return Profile(
@@ -82,6 +87,7 @@ def profile(
         failed=failed,
         split=split if isinstance(data, Data) else "",
         environment=environment(),
+        stopped=stopped,
     )
 
 
@@ -172,10 +178,15 @@ def _file_measures(file: ModelFile, example: Tensor, hits: Tensor | None) -> Mea
         macs=sum(layer.macs for layer in layers),
         sparsity=1 - sum(layer.nonzero for layer in layers) / max(weights, 1),
         peak_activation_bytes=None,  # torch's allocator has no part in it
-        layers=tuple(LayerCost(*layer[:-1]) for layer in layers),  # all but the shape of the weights
+        layers=tuple(_file_cost(layer) for layer in layers),
         hits=hits,
         finite=bool(torch.isfinite(runtime("openvino").prepare(file, example)(example).float()).all()),
     )
+
+
+def _file_cost(layer: FileLayer) -> LayerCost:
+    counts = (layer.parameters, layer.parameters, layer.nonzero, layer.macs)  # biases are no part of a file's layers
+    return LayerCost(layer.name, layer.kind, *counts, layer.output_shape)
 
 
 def _prepare_all(models, chosen, example, large, threads, watch) -> tuple[list[_Contest], dict[str, str]]:
@@ -207,13 +218,25 @@ def _many(one: Runtime, models, large: Tensor, threads: int) -> list[Prepared]:
         return []
 
 
-def _time(groups, calls: int, message: str, done: float, watch: Progress, budget_s=None) -> list[list[Latency]]:
-    """Time all groups of prepared models in one run, in turns, and return the latencies grouped as they came."""
-    flat, results = [one for group in groups for one in group], []
-    for results in measure(flat, calls, budget_s):
-        watch(message, done + 0.25 * min(1.0, results[-1].calls / calls))
+def _time(
+    groups, calls: int, message: str, done: float, watch: Progress, budget_s=None, instead=None
+) -> tuple[list[list[Latency]], bool]:
+    """Time all groups of prepared models in one run, in turns; return the latencies grouped so, and if it was stopped.
+
+    Ctrl-C before all have been timed once leaves `instead`, or is raised where there is nothing else.
+    """
+    flat, results, stopped = [one for group in groups for one in group], [], False
+    try:
+        for results in measure(flat, calls, budget_s):
+            watch(message, done + 0.25 * min(1.0, results[-1].calls / calls))
+    except KeyboardInterrupt:
+        stopped = True
+        if not min((one.calls for one in results), default=0):
+            if instead is None:
+                raise
+            return instead, stopped
     found = iter(results)
-    return [[next(found) for _ in group] for group in groups]
+    return [[next(found) for _ in group] for group in groups], stopped
 
 
 def _run(contest: _Contest, single: list[Latency], many: list[Latency]) -> Run:

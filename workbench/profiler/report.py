@@ -112,7 +112,7 @@ def accuracy_difference(hits: Tensor, baseline: Tensor) -> Difference:
 
 @dataclass(frozen=True)
 class Profile:
-    """Everything measured of a model, beside its baseline where one was given."""
+    """Everything measured of a model, beside its baseline where one was given; `stopped` by Ctrl-C before its end."""
 
     model: Measures
     baseline: Measures | None
@@ -120,6 +120,7 @@ class Profile:
     failed: dict[str, str]
     split: str
     environment: Environment
+    stopped: bool = False
 
     def run(self, runtime: str) -> Run:
         """Return what was measured on the runtime called so; raises KeyError with the reason if it did not run."""
@@ -174,6 +175,7 @@ class Profile:
             "runtimes": [self._run_dict(run) for run in self.runs],
             "failed": dict(self.failed),
             "environment": self.environment.to_dict(),
+            "stopped": self.stopped,
         }
 
     def _run_dict(self, run: Run) -> dict:

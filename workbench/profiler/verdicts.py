@@ -77,7 +77,7 @@ class Taken:
     """What is already known of a model once its latency was taken; `whole_verdict` measures nothing more.
 
     `zeros` is the part of its weights that are 0, `bits` says how many bits each rounded layer's weights have, and
-    `integer_inputs` whether layers round their inputs too.
+    `rounded_inputs` which layers round their inputs too.
     """
 
     latency: Latency
@@ -85,17 +85,17 @@ class Taken:
     kernels: tuple[Kernel, ...]
     zeros: float
     bits: dict[str, int]
-    integer_inputs: bool
+    rounded_inputs: frozenset[str]
 
     @classmethod
     def of(
         cls, model: nn.Module, latency: Latency, costs: Sequence[LayerCost], kernels: Sequence[Kernel] = ()
     ) -> Taken:
         """Return what is known of `model`; reads its structure, and its zeros from `costs`."""
-        zeros = 1 - sum(cost.nonzero for cost in costs) / max(1, sum(cost.parameters for cost in costs))
+        zeros = 1 - sum(cost.nonzero for cost in costs) / max(1, sum(cost.weights for cost in costs))
         layers = weighted_layers(model) if isinstance(model, nn.Module) else []
         bits = {name: rounded_bits(layer) for name, layer in layers if rounded_bits(layer) < 32}
-        rounds = any(hasattr(layer, "input_quantizer") for _, layer in layers)
+        rounds = frozenset(name for name, layer in layers if hasattr(layer, "input_quantizer"))
         return cls(latency, tuple(costs), tuple(kernels), zeros, bits, rounds)
 
     @property
@@ -153,28 +153,38 @@ def _missing_kernels(now: Taken, baseline: Taken) -> Iterator[tuple[str, str, st
     """Yield (kind, evidence, advice) of what was compressed but is not computed in that form."""
     runtime, fewest = now.latency.runtime, min(now.bits.values(), default=32)
     if fewest < min(baseline.bits.values(), default=32):
-        slow = [kernel.layer for kernel in now.kernels if kernel.layer in now.bits and kernel.precision != "int8"]
-        if slow or not now.kernels:
-            yield _not_integer(fewest, now.integer_inputs, runtime, counted(len(slow), "layer"))
+        slow = _in_floats(now)
+        if slow:
+            (bits, rounded_inputs), count = Counter(slow).most_common(1)[0]
+            yield _not_integer(bits, rounded_inputs, runtime, counted(count, "layer"))
         elif fewest < 8:
             yield _too_few_bits(fewest, runtime)
     if not _skipping(now) and now.zeros - baseline.zeros > MANY_ZEROS and now.macs * FEWER >= baseline.macs:
         yield _unused_zeros(now.zeros, runtime)
 
 
-def _not_integer(bits: int, integer_inputs: bool, runtime: str, where: str) -> tuple[str, str, str]:
+def _in_floats(now: Taken) -> list[tuple[int, bool]]:
+    """Return (bits, whether inputs are rounded too) of each rounded layer without an int8 kernel."""
+    integer = {kernel.layer for kernel in now.kernels if kernel.precision == "int8"}
+    ran = {kernel.layer for kernel in now.kernels} or set(now.bits)  # a runtime that names no kernels has none for int8
+    return [(bits, name in now.rounded_inputs) for name, bits in now.bits.items() if name in ran - integer]
+
+
+def _not_integer(bits: int, rounded_inputs: bool, runtime: str, where: str) -> tuple[str, str, str]:
     """Return (kind, evidence, advice) for weights rounded to integers that are multiplied as floating point."""
     if "eager" in runtime or "cuda" in runtime:
         evidence = f"{runtime} has no integer kernels and only simulates rounding to {bits} bits in floating point"
         return "no kernel", evidence, "Run it on openvino, which computes 8-bit weights and inputs in int8."
+    if rounded_inputs:
+        evidence = (
+            f"Weights and inputs are rounded, but {runtime} runs no integer kernel for {where} and multiplies in fp32"
+        )
+        return "no kernel", evidence, "Try another runtime: on this one, rounding such layers saves bytes and no time."
     if bits < 8:
         evidence = f"{runtime} has no kernel for {bits}-bit weights here and multiplies {where} in fp32"
         return "no kernel", evidence, "Take 8 bits and round the inputs too: that runs in int8."
     evidence = f"The weights are rounded to 8 bits, but {runtime} multiplies {where} in fp32"
-    advice = (
-        "Round the inputs of those layers too." if integer_inputs else "Round the inputs too, else int8 cannot run."
-    )
-    return "fell back to fp32", evidence, advice
+    return "fell back to fp32", evidence, "Round the inputs too, else int8 cannot run."
 
 
 def _too_few_bits(bits: int, runtime: str) -> tuple[str, str, str]:
@@ -195,8 +205,8 @@ def _smaller_but_not_faster(
     if odd:
         return Verdict(None, odd.kind, f"{start}; {odd.evidence}", odd.advice)
     if known and _launches_ms(now, known) > MOSTLY * now.latency.median_ms:
-        count = counted(len(now.costs), "layer")
-        why = f"starting its {count} takes {duration(_launches_ms(now, known))} here"
+        empty = counted(len(now.costs), "empty layer")
+        why = f"starting {empty} takes {duration(_launches_ms(now, known))} here"
         return Verdict(None, "launch-bound", f"{start}; {why}.", ADVICE["launch-bound"])
     return Verdict(None, _outcome(ratio), f"{start}.", ASK_LAYERS if layers else LOOK_INSIDE)
 
@@ -280,7 +290,7 @@ def _limit(layer: LayerTime, found: LayerTimes, known: Limits) -> Verdict:
     bounds = known.of(layer, sum(one.weight_bytes for one in found.layers))
     kind = max(bounds, key=bounds.__getitem__)
     does = {
-        "launch-bound": f"starting an empty {layer.kind}",
+        "launch-bound": f"starting an empty {layer.kind if layer.kind in known.launch_ms else 'layer'}",
         "memory-bound": f"moving its {size(layer.weight_bytes + layer.activation_bytes)}",
         "compute-bound": f"doing its {layer.macs:,} multiply-adds at the measured peak",
     }
@@ -373,8 +383,8 @@ def _of_the_whole(found: LayerTimes, each: list[Verdict], known: Limits) -> Verd
     where = f"in {listed(names[:3])}{' and others' if len(names) > 3 else ''}" if names else "between its layers"
     evidence = f"{100 * min(1.0, ms / found.total_ms):.0f} % of {total} go by {where}"
     if kind == "launch-bound":
-        part = duration(min(starts, found.total_ms))
-        evidence = f"starting its {counted(len(found.layers), 'layer')} alone takes {part} of {total}"
+        empty = counted(len(found.layers), "empty layer")
+        evidence = f"starting {empty} takes {duration(starts)} here, and the whole model {total}"
     advice = ADVICE.get(kind) or next(verdict.advice for _, verdict in ranked if verdict.kind == kind)
     return Verdict(None, kind, f"On {found.runtime} the model is mostly {_adjective(kind)}: {evidence}.", advice)
 

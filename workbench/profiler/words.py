@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from workbench.profiler.units import listed, size, times
+from workbench.profiler.verdicts import LOOK_INSIDE, MANY_ZEROS
 
 if TYPE_CHECKING:
     from workbench.profiler.report import Profile, Run
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
-MANY_ZEROS = 0.2
 
 
 def sentences(profile: Profile) -> list[str]:
@@ -23,6 +23,7 @@ def sentences(profile: Profile) -> list[str]:
         *_about_memory(profile),
         *_why_not(profile),
         *_about_failed(profile),
+        *_about_stopped(profile),
     ]
 
 
@@ -81,6 +82,11 @@ def _about_failed(profile: Profile) -> Iterator[str]:
         yield f"{listed(same)}: {why_not}" if said != why_not else said
 
 
+def _about_stopped(profile: Profile) -> Iterator[str]:
+    if profile.stopped:
+        yield "Stopped early: the times are of the calls made until then, and what was to be measured next is not here."
+
+
 def _against(ratio, rival: str) -> str:
     return f"{ratio} than {rival}" if ratio.distinguishable else f"not distinguishable from {rival}"
 
@@ -116,23 +122,27 @@ def _zeros(profile: Profile) -> Iterator[str]:
 
 
 def _simulated(profile: Profile) -> Iterator[str]:
-    names = [run.runtime for run in profile.runs if "simulated" in run.note]
-    if names:
-        yield f"On {listed(names)} rounding to integers is only simulated in fp32; that time is not an int8 kernel's."
+    names: dict[str, list[str]] = {}
+    for run in profile.runs:
+        if "simulated" in run.note:
+            names.setdefault(run.latency.precision, []).append(run.runtime)
+    for precision, same in names.items():
+        simulated = f"rounding to integers is only simulated in {precision}"
+        yield f"On {listed(same)} {simulated}; that time is not an int8 kernel's."
     for run in profile.runs:
         if "no layer runs an int8 kernel" in run.note:
             yield f"On {run.runtime} {run.note}."
 
 
 def _fewer_operations(profile: Profile) -> Iterator[str]:
+    """Name runtimes that gain less than half of what was saved; what holds the model up there, a profile cannot say."""
     fewer = profile.baseline.macs / max(profile.model.macs, 1)
-    for run in profile.runs:
-        if fewer >= 1.2 and run.ratio.value < 1 + (fewer - 1) / 2:
-            gain = f"it is {run.ratio}" if run.ratio.distinguishable else "its time is not distinguishable"
-            yield (
-                f"On {run.runtime} the model does {times(fewer)} fewer multiply-adds, but {gain}: moving data and "
-                "starting each layer cost as much as before."
-            )
+    short = [run for run in profile.runs if fewer >= 1.2 and run.ratio.value < 1 + (fewer - 1) / 2]
+    for run in short:
+        gain = f"it is {run.ratio}" if run.ratio.distinguishable else "its time is not distinguishable"
+        yield f"On {run.runtime} the model does {times(fewer)} fewer multiply-adds, but {gain}."
+    if short:
+        yield LOOK_INSIDE
 
 
 def _gained(run: Run) -> bool:

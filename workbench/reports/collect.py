@@ -35,6 +35,7 @@ from workbench.subjects import Subject
 Progress = Callable[[str, float], Any]
 SECTIONS = ("layers", "roofline", "verdicts", "scenarios", "sweep", "software", "memory", "maps")
 NEEDS = {"roofline": ("layers",)}  # the layers are its points
+STOPPED = "it was stopped before all of it was measured"
 PROFILE_PART = 0.3  # of the progress bar, where further sections follow
 
 
@@ -102,8 +103,8 @@ def investigate(
     """Profile the subject beside its baseline, and measure the sections named; `how` goes to `profile`.
 
     `seconds`: how long each scenario runs. A section that cannot be measured is missing from the report, with its
-    reason; so is one that Ctrl-C stopped, and those after it. Raises what `profile` raises, and ValueError for a
-    section that there is not.
+    reason; so is one that Ctrl-C stopped, and those after it: all of them where it stopped the profile. Raises what
+    `profile` raises, and ValueError for a section that there is not.
     """
     wanted = _wanted(sections)
     watch = watch or (lambda message, fraction: None)
@@ -112,6 +113,8 @@ def investigate(
     found = profile(subject.model, subject.images, other, watch=lambda m, f: watch(m, part * f), **how)
     when = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     report = Report(subject.name, baseline.name if baseline else "", found, _runtime(found, how), when)
+    if found.stopped:
+        return replace(report, missing=dict.fromkeys(wanted, STOPPED))
     case = _Case(subject, baseline, report.runtime, how.get("batch", 1), how.get("threads", 1), seconds)
     for i, section in enumerate(wanted):
         start, size = part + (1 - part) * i / len(wanted), (1 - part) / len(wanted)
@@ -123,8 +126,7 @@ def investigate(
             why = str(error) if isinstance(error, RuntimeFailed | ValueError) else cause(error)
             report = replace(report, missing={**report.missing, section: why})
         except KeyboardInterrupt:  # what was measured so far is not lost
-            stopped = dict.fromkeys(wanted[i:], "it was stopped before all of it was measured")
-            report = replace(report, missing={**report.missing, **stopped})
+            report = replace(report, missing={**report.missing, **dict.fromkeys(wanted[i:], STOPPED)})
             break
     watch("done", 1.0)
     return report
