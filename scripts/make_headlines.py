@@ -1,13 +1,14 @@
 """Compress the LeNets as far as the published tables and beyond, and ship the files with a record beside them.
 
-    python scripts/make_headlines.py                 what is missing
-    python scripts/make_headlines.py --again         everything
-    python scripts/make_headlines.py lenet-5-1.0 …   only these
+    python scripts/make_headlines.py                  what is missing
+    python scripts/make_headlines.py --again          everything
+    python scripts/make_headlines.py lenet-5-1.00 …   only these
 
 Each headline takes the shipped model, cuts it to fewer channels, and trains it once with the coded size in the loss, on
 MNIST's training images, moved and turned a little. Settings were chosen on 5,000 validation images that are taken out
 of the training images; the 10,000 test images are classified once, by the file, at the end. Everything follows from the
-seed, up to the rounding of another machine. An interrupted training goes on: its epochs are kept in build/.
+seed, up to the rounding of another machine. An interrupted training goes on: its epochs are kept in runs/. The
+published rows beside a record are those of PUBLISHED each time, without a training.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from workbench.surgery.channels import cut_channels
 from workbench.techniques.pruning.channel import strongest
 from workbench.training import jitter
 
-WORK = Path(__file__).resolve().parents[1] / "build" / "headlines"
+WORK = Path(__file__).resolve().parents[1] / "runs" / "headlines"
 VARIANTS = 4  # of each training image: itself, and three that are moved and turned
 PIXELS = 1.0  # how far at most they are moved
 
@@ -92,7 +93,8 @@ PUBLISHED = {  # model -> rows of (method, times smaller, test error in per cent
     "lenet-5": [
         ("Deep Compression", 39, 0.74, "Han et al., 2016, arXiv:1510.00149, table 1"),
         ("DeepCABAC, after sparse training", 115, None, "Wiedemann et al., 2019, arXiv:1907.11900"),
-        ("Bayesian Compression", 419, 1.0, "Louizos et al., 2017, arXiv:1705.08665"),
+        ("Bayesian Compression, fast prediction", 419, 1.0, "Louizos et al., 2017, arXiv:1705.08665, table 2"),
+        ("Bayesian Compression, maximum compression", 771, 1.0, "Louizos et al., 2017, arXiv:1705.08665, table 2"),
         ("Minimal Random Code Learning", 555, 0.69, "Havasi et al., 2019, arXiv:1810.00440"),
         ("Minimal Random Code Learning", 1110, 0.96, "Havasi et al., 2019, arXiv:1810.00440"),
     ],
@@ -135,7 +137,7 @@ def strengths(model: nn.Module, group) -> Tensor:
 
 
 def train(headline: Headline, data: Data, again: bool) -> nn.Module:
-    """Train with a progress bar; each finished epoch is kept in build/, and an interrupted training goes on from it."""
+    """Train with a progress bar; each finished epoch is kept in runs/, and an interrupted training goes on from it."""
     checkpoint = WORK / f"{headline.name}-{crc32(repr(headline).encode()):08x}.safetensors"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     if again:
@@ -160,10 +162,7 @@ def record(headline: Headline, path: Path, data: Data) -> Record:
         "channels": headline.channels,
         "training": headline.training.values(),
         "validation": [val.correct, val.total],
-        "published": [
-            dict(zip(("method", "times", "error_percent", "source"), row, strict=True))
-            for row in PUBLISHED[headline.model]
-        ],
+        "published": published(headline.model),
     }
     return Record(
         model=headline.model,
@@ -184,6 +183,19 @@ def record(headline: Headline, path: Path, data: Data) -> Record:
     )
 
 
+def published(model: str) -> list[dict]:
+    """Return the published rows of a model as a record holds them."""
+    return [dict(zip(("method", "times", "error_percent", "source"), row, strict=True)) for row in PUBLISHED[model]]
+
+
+def renew_published() -> None:
+    """Bring the published rows of all records up to date with PUBLISHED; nothing is trained or counted for it."""
+    records = known_records()
+    renewed = [replace(one, settings={**one.settings, "published": published(one.model)}) for one in records]
+    if renewed != records:
+        write_records("headlines", renewed)
+
+
 def print_table(records: list[Record]) -> None:
     """Print each headline with the published rows of its model below it."""
     for one in records:
@@ -193,15 +205,19 @@ def print_table(records: list[Record]) -> None:
         )
         for row in one.settings["published"]:
             error = "" if row["error_percent"] is None else f"{row['error_percent']:.2f} %"
-            print(f"    {row['method']:40} {row['times']:7.0f}×  {error:8} {row['source']}")
+            print(f"    {row['method']:42} {row['times']:7.0f}×  {error:8} {row['source']}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=", ".join(one.name for one in HEADLINES))
+    known = [one.name for one in HEADLINES]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(known)} (default: all)")
     parser.add_argument("--again", action="store_true", help="also what is there already")
     parser.add_argument("--untested", action="store_true", help="train and show validation errors, touch no test image")
     arguments = parser.parse_args()
+    unknown = [name for name in arguments.names if name not in known]
+    if unknown:
+        parser.error(f"there is no headline {unknown[0]!r}; choose from {', '.join(known)}")
     wanted = [one for one in HEADLINES if not arguments.names or one.name in arguments.names]
     torch.set_num_threads(1)  # so that sums are taken in the same order everywhere
     data = wb.load_data("mnist")
@@ -210,6 +226,7 @@ def main() -> None:
         if arguments.again or not is_made(headline, path):
             make(headline, path, data, arguments)
     if not arguments.untested:
+        renew_published()
         print_table(read_records("headlines"))
 
 

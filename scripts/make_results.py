@@ -2,7 +2,7 @@
 
     python scripts/make_results.py              what is missing; run it again to go on after an interruption
     python scripts/make_results.py --again      everything
-    python scripts/make_results.py FineTune …   only these techniques
+    python scripts/make_results.py AdaRound …   only these techniques
 
 Each result is an artifact in data/results that the technique's `recall` finds for exactly this model and these
 settings. data/results/index.json says for each what it is and how many validation images the file itself gets right.
@@ -72,6 +72,10 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="train everything anew")
     parser.add_argument("only", nargs="*", metavar="TECHNIQUE", help="such as DistillationFeatures")
     asked = parser.parse_args()
+    known_names = list(dict.fromkeys(type(technique).__name__ for technique in RESULTS))
+    unknown = [name for name in asked.only if name not in known_names]
+    if unknown:
+        parser.error(f"there is no result of {unknown[0]!r}; choose from {', '.join(known_names)}")
     model, data = wb.load_model(MODEL), wb.load_data(wb.MODELS[MODEL].data)
     index = shipped("data", "results", "index.json")
     known = {one["file"]: one for one in json.loads(index.read_text())} if index.is_file() else {}

@@ -1,4 +1,4 @@
-"""Real MNIST for the tests that need it: the folder in WORKBENCH_DATA, else one beside the project, else they skip."""
+"""Real MNIST for the tests that need it: in WORKBENCH_DATA, or in a copy kept beside the checkout, else they skip."""
 
 import os
 from pathlib import Path

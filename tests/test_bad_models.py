@@ -87,6 +87,24 @@ def test_free_memory_is_known_here():
     assert room.room_for(1, 64) == 64 and room.room_for(1 << 60, 64) == 1
 
 
+def test_a_refusal_tells_the_share_that_a_batch_may_take(monkeypatch):
+    monkeypatch.setattr(room, "free_bytes", lambda: 4500)
+    room.require_room(100, 35)
+    with pytest.raises(RuntimeFailed, match=r"take about 4\.00 kB, .* may take 80 % of the 4\.50 kB that are free"):
+        room.require_room(100, 40)
+
+
+def test_copies_of_files_that_are_given_back_count_as_free(monkeypatch, tmp_path):
+    for name, text in {"max": "1000", "current": "900", "stat": "anon 500\ninactive_file 300\nactive_file 100"}.items():
+        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+    monkeypatch.setattr(room, "GROUP", tmp_path)
+    assert room.free_bytes() == 1000 - (900 - 300)
+    (tmp_path / "memory.max").write_text("400\n")
+    assert room.free_bytes() == 0  # and not less, where the limit was set below what was taken already
+    (tmp_path / "memory.max").write_text("max\n")
+    assert room.free_bytes() is None or room.free_bytes() > 1000
+
+
 @pytest.mark.parametrize(
     ("word", "shape", "says"),
     [

@@ -102,6 +102,8 @@ def test_a_runtime_on_one_side_only_is_shown_with_the_reason(saved):
         ("{", "is not a saved profile"),
         ("[1]", "is not a saved profile"),
         ('{"format": "something else"}', "is not a saved profile"),
+        ('{"format": "workbench profile", "version": 1, "model": {}}', "has no runtimes, environment and failed"),
+        ('{"format": "workbench profile", "version": 1, "model": {}, "runtimes": []}', "it has no runtimes, env"),
         ('{"format": "workbench profile", "version": 99}', "of version 99, this program reads 1"),
     ],
 )

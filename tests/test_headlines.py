@@ -52,3 +52,15 @@ def test_a_file_answers_as_its_record_says(name):
     assert (
         abs(counted.correct - RECORDS[name].correct) <= 2
     )  # another processor may round a borderline image differently
+
+
+def test_the_smallest_glyphs_cnn_is_as_small_and_as_right_as_its_record_says():
+    """One file, that of the smallest network of combinations.json whose test images were counted."""
+    tested = [record for record in wb.read_records("combinations") if record.split == "test"]
+    chosen = min(tested, key=lambda record: record.size_bytes)
+    (path,) = path_of("").glob("glyphs-cnn-*.wb")
+    assert path.name == f"glyphs-cnn-{int(tested[0].fp32_bytes / chosen.size_bytes)}x.wb"
+    assert path.stat().st_size == chosen.size_bytes
+    counted = wb.evaluate(wb.load(path), wb.load_data("glyphs").test)
+    assert counted.total == chosen.total
+    assert abs(counted.correct - chosen.correct) <= 2  # another processor may round a borderline image differently

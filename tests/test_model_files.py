@@ -166,6 +166,108 @@ def test_another_shape_than_the_file_s_is_refused(written):
         runtime("openvino").prepare(read_model_file(paths["ONNX"]), torch.zeros(1, 4, 8, 8))
 
 
+def graph_file(path, nodes, constants, takes=("x", "float32", ("batch", 16, 16)), gives=("y",)):
+    """Write an ONNX file of nodes, each (kind, inputs, output), and of constants, arrays by their names."""
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    name, dtype, shape = takes
+    kind = getattr(TensorProto, {"float32": "FLOAT", "float64": "DOUBLE", "bfloat16": "BFLOAT16"}[dtype])
+    outputs = [helper.make_tensor_value_info(one, kind, ("batch", *shape[1:])) for one in gives]
+    graph = helper.make_graph(
+        [helper.make_node(kind, inputs.split(), [output], output) for kind, inputs, output in nodes],
+        "graph",
+        [helper.make_tensor_value_info(name, kind, shape)],
+        outputs,
+        [numpy_helper.from_array(values, held) for held, values in constants.items()],
+    )
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("takes", "gives", "says"),
+    [
+        (("x", "float32", ("batch", 16)), ("y", "z"), r"has 2 outputs \(y, z\); models of one can"),
+        (("x", "float32", ()), ("y",), "takes a single number"),
+        (("x", "bfloat16", ("batch", 16)), ("y",), "takes numbers of type bf16; export it for one of f32, "),
+    ],
+)
+def test_files_that_cannot_be_profiled_are_refused(tmp_path, takes, gives, says):
+    path = graph_file(tmp_path / "a.onnx", [("Neg", "x", "y"), ("Neg", "y", "z")], {}, takes, gives)
+    with pytest.raises(RuntimeFailed, match=says):
+        read_model_file(path)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float64", "fp64"), ("float32", "fp32")])
+def test_kernels_of_floats_have_the_type_of_their_tensors(tmp_path, dtype, precision):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed.")
+    nodes = [("MatMul", "x w", "product"), ("Tanh", "product", "bent"), ("MatMul", "bent bent", "y")]
+    path = graph_file(tmp_path / "a.onnx", nodes, {"w": np.eye(16, dtype=dtype)}, ("x", dtype, ("batch", 16, 16)))
+    file = read_model_file(path)
+    prepared = runtime("onnxruntime").prepare(file, file.example())
+    assert prepared.precision == precision and [kernel.precision for kernel in prepared.kernels] == [precision] * 2
+
+
+def test_weights_in_a_second_file_are_counted_once(tmp_path):
+    import onnx
+
+    nodes, square = [("MatMul", "x v", "z"), ("MatMul", "z w", "y")], np.ones((16, 16), np.float32)
+    whole = onnx.load(graph_file(tmp_path / "whole.onnx", nodes, {"v": square, "w": square}))
+    onnx.save(whole, tmp_path / "apart.onnx", save_as_external_data=True, location="apart.data", size_threshold=0)
+    beside = (tmp_path / "apart.data").stat().st_size
+    assert read_model_file(tmp_path / "apart.onnx").size_bytes == (tmp_path / "apart.onnx").stat().st_size + beside
+    assert beside >= 2 * square.nbytes
+
+
+TENTH = np.where(np.arange(256).reshape(16, 16) % 10, 0, 3).astype(np.float32)  # 26 weights of 256 are not 0
+STEP, ZERO = np.float32(0.5), np.uint8(128)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "constants", "nonzero"),
+    [
+        ([("MatMul", "x w", "y")], {"w": TENTH}, 26),
+        ([("MatMul", "w x", "y")], {"w": TENTH}, 26),
+        ([("Transpose", "w", "v"), ("MatMul", "x v", "y")], {"w": TENTH}, 26),
+        (
+            [("DequantizeLinear", "w s z", "v"), ("MatMul", "x v", "y")],
+            {"w": (TENTH + 128).astype(np.uint8), "s": STEP, "z": ZERO},
+            26,
+        ),
+        (
+            [("QuantizeLinear", "w s z", "q"), ("DequantizeLinear", "q s z", "v"), ("MatMul", "x v", "y")],
+            {"w": TENTH + np.float32(0.1), "s": STEP, "z": ZERO},  # a tenth is rounded to 0
+            26,
+        ),
+        ([("Mul", "s x", "v"), ("MatMul", "x v", "y")], {"s": STEP}, None),  # attention: a scaled product of inputs
+        ([("Add", "w x", "v"), ("MatMul", "x v", "y")], {"w": TENTH}, None),
+        ([("MatMul", "w w", "v"), ("Mul", "x v", "y")], {"w": TENTH}, None),  # computed once, before any image
+    ],
+    ids=["plain", "first", "transposed", "codes", "rounded", "scaled", "added", "folded"],
+)
+def test_weights_are_what_no_input_has_a_part_in(tmp_path, nodes, constants, nonzero):
+    file = read_model_file(graph_file(tmp_path / "a.onnx", nodes, constants))
+    found = [(one.parameters, one.nonzero, one.macs) for one in file.layers(file.example(batch=2))]
+    assert found == ([] if nonzero is None else [(256, nonzero, 16**3)])
+
+
+def test_weights_of_several_products_at_once_are_multiplied_once_each(tmp_path):
+    weights, takes = np.ones((4, 16, 8), np.float32), ("x", "float32", ("batch", 4, 16, 16))
+    file = read_model_file(graph_file(tmp_path / "a.onnx", [("MatMul", "x w", "y")], {"w": weights}, takes))
+    assert [one.macs for one in file.layers(file.example(batch=2))] == [4 * 16 * 16 * 8]
+
+
+def test_products_of_inputs_that_are_rounded_on_the_way_are_integer_kernels(tmp_path):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed.")
+    from onnxruntime.quantization import quantize_dynamic
+
+    plain = graph_file(tmp_path / "plain.onnx", [("MatMul", "x w", "y")], {"w": np.eye(16, dtype=np.float32)})
+    quantize_dynamic(plain, tmp_path / "rounded.onnx")
+    file = read_model_file(tmp_path / "rounded.onnx")
+    (kernel,) = runtime("onnxruntime").prepare(file, file.example()).kernels
+    assert kernel.precision == "int8" and "MatMul" in kernel.implementation
+
+
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory):
     """The shipped network, its data, and its ONNX file."""

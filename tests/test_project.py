@@ -133,6 +133,24 @@ def test_notebooks_lead_to_files_that_exist(path):
     assert [link for link in links if not (path.parent / link).exists()] == []
 
 
+def offered(cell):
+    """Return the techniques that a cell names, where it makes a panel of the notebook's family."""
+    names = re.findall(r"wb\.([A-Z]\w+)", cell) if "wb.panel(" in cell and "Pipeline" not in cell else []
+    return [getattr(workbench, name) for name in names]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[2:7], ids=lambda path: path.stem)
+def test_every_control_of_a_panel_is_explained(path):
+    """Under `Controls.` each setting is named as the panel labels it; of Quantization in its own notebook alone."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    legend = " ".join(" ".join(s.split()) for s in sources if "**Controls.**" in s)
+    kinds = {kind for s in sources for kind in offered(s)}
+    kinds -= set() if "quantization" in path.stem else {workbench.Quantization}
+    missing = {f"{kind.__name__}: {s.label}" for kind in kinds for s in kind.settings() if f"*{s.label}*" not in legend}
+    assert kinds and not missing
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from test_project import LAYERS
+
 import workbench as wb
 from workbench.techniques import KEEP_SIZE, TECHNIQUES
 
@@ -28,7 +30,7 @@ def lenets():
         made, times = f"**here**, a file of {record.size_bytes:,} bytes", f"**{int(record.compression):,}×**"
         rows.add((name, record.compression, f"| {name} | {made} | {times} | {percent(record)} |"))
         for one in record.settings["published"]:
-            error = "not given" if one["error_percent"] is None else f"{one['error_percent']:.2f} %"
+            error = "–" if one["error_percent"] is None else f"{one['error_percent']:.2f} %"
             rows.add((name, one["times"], f"| {name} | {one['method']} | {one['times']:,}× | {error} |"))
     return [told for _, _, told in sorted(rows)]
 
@@ -61,6 +63,11 @@ def test_the_headlines_are_those_of_the_records():
 def test_the_errors_with_and_without_a_teacher_are_those_of_the_records():
     head = "| training images | errors without a teacher | with a teacher |\n| --- | --- | --- |"
     assert between("hinton") == "\n".join([head, *hinton()])
+
+
+def test_the_layout_lists_every_module_in_the_order_of_imports():
+    layout = re.search(r"^    workbench/ .*\n((?:      .*\n)+)", README, re.MULTILINE)[1]
+    assert [line.split()[0].rstrip("/") for line in layout.splitlines()] == LAYERS
 
 
 def test_every_technique_is_in_the_readme():

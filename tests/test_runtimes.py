@@ -1,4 +1,6 @@
+import statistics
 import threading
+import time
 
 import pytest
 import torch
@@ -169,6 +171,15 @@ def test_a_model_that_raises_gives_one_clear_sentence():
         runtime("eager").prepare(nn.Linear(3, 2), images())
 
 
+@pytest.mark.parametrize("one", ANY_MODEL, ids=lambda one: one.name)
+def test_a_model_of_whole_numbers_gets_whole_numbers(one):
+    torch.manual_seed(0)
+    words = torch.randint(0, 10, (4, 6))
+    prepared = one.prepare(nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(24, 3)).eval(), words)
+    assert prepared.difference < TOLERANCE[prepared.precision] and prepared(words).shape == (4, 3)
+    assert prepared.timed() > 0
+
+
 class Growing(nn.Module):
     def __init__(self):
         super().__init__()
@@ -239,3 +250,16 @@ def test_branches_of_a_residual_block_keep_their_names():
     found = {one.name: one.weight_bytes for one in layer_times(model, torch.randn(1, 3, 16, 16), "openvino").layers}
     for name, count in {"1.conv1": 4608, "1.conv2": 9216, "1.downsample.0": 512}.items():
         assert 4 * count <= found[name] < 4 * count + 4 * 2 * 32  # the folded BatchNorm adds biases
+
+
+def test_onnxruntime_rests_between_calls():
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed.")
+    prepared = runtime("onnxruntime").prepare(vgg(16), images(8), threads=2)
+
+    def busy_after_a_call():
+        prepared.run()
+        wall, processor = time.perf_counter(), time.process_time()
+        time.sleep(0.03)
+        return (time.process_time() - processor) / (time.perf_counter() - wall)
+
+    assert statistics.median(busy_after_a_call() for _ in range(9)) < 0.1  # of the sleep; spinning takes about half

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_profiler import Pretended
 from test_runtimes import images, quantized, vgg
+from torch import nn
 
 from workbench.profiler import (
     SCENARIOS,
@@ -19,6 +20,7 @@ from workbench.profiler import (
     multi_stream,
     offline,
     repeated,
+    room,
     scenarios,
     server,
     single_stream,
@@ -201,6 +203,8 @@ def test_an_overloaded_server_ends_and_counts_those_who_still_wait(clock):
         (lambda one: server(one, 0, 5), "above 0, not 0 queries a second"),
         (lambda one: server(one, 10, -1), "and -1 ms"),
         (lambda one: server(Steady(None, 1, batch=8), 10, 5), "In server a query is one image"),
+        (lambda one: server(one, 10, 5, seconds=0), "more than 0, not 0"),
+        (lambda one: scenarios(vgg(), images(), "eager", seconds=0), "more than 0, not 0"),
         (lambda one: single_stream(Steady(None, 1, batch=8)), "prepare a batch of 1, not of 8"),
     ],
 )
@@ -242,6 +246,22 @@ def test_all_scenarios_run_in_the_expected_order():
     assert any(ordered() for _ in range(4))  # they are timed one after the other, so the machine must hold still
 
 
+def test_offline_leaves_out_batches_that_have_no_room(monkeypatch):
+    free_for(20, monkeypatch)
+    tried = []
+    monkeypatch.setattr(MODULE, "_most_images", lambda prepared, _: tried.extend(prepared) or prepared[-1])
+    found = last(scenarios(nn.Flatten(), images(), "eager", seconds=0.01, bound_ms=100.0))
+    assert [one.batch for one in tried] == [1, 8] and found["offline"].batch == 8
+    free_for(9, monkeypatch)
+    with pytest.raises(RuntimeFailed, match="A batch of 8 would take about"):
+        next(scenarios(nn.Flatten(), images(), "eager", seconds=0.01))
+
+
+def free_for(count, monkeypatch):
+    """Pretend that memory is free for inputs of so many images and nothing else."""
+    monkeypatch.setattr(room, "free_bytes", lambda: count * images().nbytes)
+
+
 def test_int8_answers_more_in_every_scenario():
     model = vgg(64)
 
@@ -277,6 +297,14 @@ def test_a_sweep_grows_to_every_batch_on_every_number_of_threads():
     assert [one.batch for one in points] == [1, 16]
     assert points[1].latency.median_ms > points[0].latency.median_ms
     assert points[1].images_per_second == points[1].latency.images_per_second
+
+
+def test_a_sweep_leaves_out_batches_that_have_no_room(monkeypatch):
+    free_for(20, monkeypatch)
+    assert [one.batch for one in last(sweep_batches(nn.Flatten(), images, "eager", calls=6))] == [1, 2, 4, 8]
+    free_for(1, monkeypatch)
+    with pytest.raises(RuntimeFailed, match="A batch of 1 would take about"):
+        next(sweep_batches(nn.Flatten(), images, "eager"))
 
 
 def test_a_sweep_names_the_batch_that_cannot_be_prepared():

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from workbench.runtimes.base import outputs, quiet
+from workbench.runtimes.base import RuntimeFailed, as_floats, outputs, quiet
 from workbench.runtimes.eager import is_fake_quantized
 from workbench.surgery import clone
 
@@ -62,9 +62,9 @@ def export_openvino(model: nn.Module, path: str | os.PathLike, example: Tensor) 
 
 def _written(model: nn.Module, path: Path, example: Tensor, write, run) -> Exported:
     """Write into a folder beside the target, run what lies there, and only then put it in place."""
-    model, example = clone(model).float(), example.float()  # half precision: the file computes, and is fed, in fp32
-    expected = outputs(model, example)
+    model, example = clone(model).float(), as_floats(example)  # half precision: the file computes, and is fed, in fp32
     try:
+        expected = outputs(model, example)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, quiet(), torch.no_grad():
             draft = Path(folder) / path.name
             write(model, draft, example)
@@ -74,6 +74,8 @@ def _written(model: nn.Module, path: Path, example: Tensor, write, run) -> Expor
             files = tuple(each.replace(path.parent / each.name) for each in drafts)
     except ExportError:
         raise
+    except RuntimeFailed as error:
+        raise ExportError(str(error)) from error
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error.strerror or error}; choose another place.") from error
     except Exception as error:
@@ -105,7 +107,7 @@ def _run_onnx(path: Path, example: Tensor) -> Tensor | None:
         return None
     from workbench.runtimes.onnx import feed, session
 
-    return torch.from_numpy(session(str(path)).run(None, feed(example))[0])
+    return torch.from_numpy(session(str(path)).run(None, feed(example, dtype=example.dtype))[0])
 
 
 def _write_openvino(model: nn.Module, path: Path, example: Tensor) -> None:
@@ -119,5 +121,5 @@ def _write_openvino(model: nn.Module, path: Path, example: Tensor) -> None:
 def _run_openvino(path: Path, example: Tensor) -> Tensor:
     from workbench.runtimes.openvino import compiled
 
-    found = compiled(str(path), 1)(example.float().numpy())
+    found = compiled(str(path), 1)(example.numpy())
     return torch.from_numpy(next(iter(found.values())).copy())

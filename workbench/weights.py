@@ -317,14 +317,17 @@ class InputQuantizer(nn.Module):
         return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
 
 
-def _quantize_input(layer: nn.Module, args: tuple) -> tuple:
-    return (layer.input_quantizer(args[0]), *args[1:])
+def _quantize_input(layer: nn.Module, args: tuple, named: dict) -> tuple[tuple, dict]:
+    if args:
+        return (layer.input_quantizer(args[0]), *args[1:]), named
+    name, x = next(iter(named.items()))
+    return args, {**named, name: layer.input_quantizer(x)}
 
 
 def attach_input_quantizer(layer: nn.Module, quantizer: InputQuantizer) -> None:
     """Quantize the input of `layer` from now on; replaces a quantizer that is already there."""
     if not hasattr(layer, "input_quantizer"):
-        layer.register_forward_pre_hook(_quantize_input)
+        layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
     layer.input_quantizer = quantizer
 
 
@@ -338,6 +341,17 @@ def weight_parametrizations(layer: nn.Module, name: str = "weight") -> list[nn.M
     if not parametrize.is_parametrized(layer, name):
         return []
     return list(layer.parametrizations[name])
+
+
+def stored_tensor(layer: nn.Module, name: str = "weight") -> Tensor | None:
+    """Return what lies below everything stacked on the layer's weight (or another parameter); None if it has none.
+
+    It also tells whether two layers share a weight. Of the two tensors that `weight_norm` keeps it is the first.
+    """
+    if not parametrize.is_parametrized(layer, name):
+        return getattr(layer, name, None)
+    stack = layer.parametrizations[name]
+    return stack.original if hasattr(stack, "original") else stack.original0
 
 
 def rounded_bits(layer: nn.Module) -> int:

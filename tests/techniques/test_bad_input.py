@@ -223,6 +223,13 @@ def test_half_precision_stays_so_or_is_refused(kind, dtype, model, data, tmp_pat
         assert {layer.weight.dtype for _, layer in weighted_layers(small)} == {dtype}
 
 
+@pytest.mark.parametrize("kind", EVERY, ids=IDS)
+def test_a_weight_kept_in_two_tensors_is_compressed_or_refused(kind, data, tmp_path):
+    model = clone(toy.model()).requires_grad_()
+    nn.utils.parametrizations.weight_norm(model[3])
+    outcome(quick(kind), model, data, tmp_path)
+
+
 WITHOUT = {"none": nn.Flatten(), "norm": nn.Sequential(nn.Flatten(), nn.BatchNorm1d(256))}
 
 

@@ -100,6 +100,12 @@ def test_taylor_scores_equal_those_of_torch_pruning(data):
     assert torch.allclose(ours, torch.stack(theirs).mean(0), rtol=1e-3)
 
 
+def test_taylor_looks_at_frozen_networks_too(data):
+    nets = toy.model(), toy.model().requires_grad_(False)
+    exact, frozen = (criteria.taylor_products(one, data)[0] for one in nets)
+    assert all(torch.equal(value, frozen[key]) for key, value in exact.items())
+
+
 def test_taylor_predicts_what_a_slightly_smaller_channel_costs(data):
     """The oracle is a difference quotient: scale one filter and bias by 1 - 1e-3 and look at the loss."""
     model = toy.model().double()

@@ -171,6 +171,20 @@ def test_tied_and_half_precision_weights():
     assert wb.ledger(small).rows[1].kind == "clustered" and wb.ledger(small).rows[3].chosen == "tied"
 
 
+@given(st.lists(st.floats(0.0625, 10, width=32), min_size=1, max_size=12), st.integers(1, 3), st.booleans())
+def test_values_even_about_zero_take_the_nearest_centroid_and_only_zeros_are_zero(half, bits, has_zero):
+    """Their middle centroid is zero, and the level of zero belongs to zeros alone."""
+    weight = torch.tensor([*half, *(-v for v in half), *([0.0] if has_zero else [])])
+    model = nn.Sequential(nn.Linear(len(weight), 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(weight[None])
+    found = wb.WeightClustering(bits=bits).compress(model)[0].weight.detach()[0]
+    assert torch.equal(found == 0, weight == 0) and len(found.unique()) <= 2**bits
+    ours = float((found - weight).square().sum())
+    data, count = SortedValues.of(weight), 2**bits - has_zero
+    assert ours <= 1.001 * data.inertia(kmeans(data, count)) + 1e-9
+
+
 def test_models_that_cannot_be_clustered_say_why():
     with pytest.raises(ValueError, match="no linear or convolution layer in Sequential"):
         wb.WeightClustering().compress(nn.Sequential(nn.ReLU()))

@@ -11,6 +11,7 @@ import toy
 from torch import nn
 
 import workbench as wb
+from workbench.surgery import clone
 from workbench.techniques.distillation.born_again import fresh
 from workbench.techniques.distillation.features import hint_loss, regressor
 from workbench.techniques.distillation.relational import cosines, relational_loss, relative_distances
@@ -161,8 +162,9 @@ def test_a_regressor_translates_channels_and_refuses_maps_against_vectors():
     maps, vectors = torch.zeros(2, 3, 5, 5), torch.zeros(2, 7)
     assert regressor(maps, torch.zeros(2, 9, 5, 5))(maps).shape == (2, 9, 5, 5)
     assert regressor(vectors, torch.zeros(2, 4))(vectors).shape == (2, 4)
-    with pytest.raises(ValueError, match="choose another depth"):
-        regressor(maps, vectors)
+    for other in (vectors, torch.zeros(2, 9, 3), torch.zeros(2, 1, 3)):
+        with pytest.raises(ValueError, match="choose another depth"):
+            regressor(maps if other is vectors else torch.zeros(2, 5, 7), other)
 
 
 def test_a_hint_alone_brings_the_students_features_near_the_teachers(teacher, squares):
@@ -219,6 +221,11 @@ def test_a_twin_has_the_same_shape_fresh_weights_and_nothing_on_them(teacher):
     assert all(value.shape == teacher.state_dict()[key].shape for key, value in twin.state_dict().items())
     assert all(torch.equal(value, same.state_dict()[key]) for key, value in twin.state_dict().items())
     assert not torch.equal(twin[0].weight, teacher[0].weight)
+
+
+def test_a_twin_of_a_frozen_network_can_learn(teacher):
+    frozen = clone(teacher).requires_grad_(False)
+    assert all(parameter.requires_grad for parameter in fresh(frozen).parameters())
 
 
 def test_a_layer_that_cannot_begin_anew_is_named():

@@ -15,7 +15,7 @@ from torch import nn
 
 import workbench as wb
 from workbench.artifact.coding import entropy_encode, histogram
-from workbench.techniques.coding.entropy_aware import coded_bits, symbol_bits, without_unread_channels
+from workbench.techniques.coding.entropy_aware import _attach, coded_bits, symbol_bits, without_unread_channels
 from workbench.weights import describe, sparsity
 
 TRAINING = wb.EntropyAwareTraining(epochs=6, learning_rate=0.06, augment=False)
@@ -74,6 +74,15 @@ def test_the_slope_pulls_every_level_to_zero():
     levels = torch.tensor([[-2.5, -0.4, 0.3, 1.7]], requires_grad=True)
     coded_bits(levels, symbol_bits(torch.tensor([[-2, 0, 1, 1]]), 3)).backward()
     assert torch.equal(levels.grad.sign(), levels.detach().sign())
+
+
+@pytest.mark.parametrize("weight", [torch.linspace(0.99, 1.01, 40), torch.full((40,), 0.1), torch.tensor([0.3])])
+def test_weights_on_one_side_of_zero_start_in_reach(weight):
+    layer = nn.Linear(len(weight), 1)
+    with torch.no_grad():
+        layer.weight.copy_(weight[None])
+    _attach(layer, "weight", 3)
+    assert float((layer.weight - weight).abs().max() / weight.max()) < 0.3
 
 
 def test_a_higher_price_makes_a_smaller_file_of_few_symbols(model, data):

@@ -10,7 +10,7 @@ from torch import nn
 
 import workbench as wb
 from workbench.surgery import clone
-from workbench.techniques.moments import input_rows, moment_root
+from workbench.techniques.moments import input_rows, moment_root, second_moments
 from workbench.techniques.quantization.adaround import adaround
 from workbench.techniques.quantization.awq import Energy, awq_factors
 from workbench.techniques.quantization.gptq import BLOCK, gptq, inverse_factor
@@ -176,5 +176,5 @@ def test_stopping_rounds_the_rest_to_nearest_and_tells_the_error_of_each_layer()
 def test_the_moment_is_that_of_the_layer_s_rows():
     model = network()
     rows = input_rows(model[0], X)
-    error = output_errors(torch.ones(1, 18), (rows.T @ rows / len(rows)).double())
+    error = output_errors(torch.ones(1, 18), second_moments(model, [X])["0"])
     assert float(error) == pytest.approx(float(rows.sum(1).square().mean()), rel=1e-4)

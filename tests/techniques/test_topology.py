@@ -124,6 +124,7 @@ def test_the_pointwise_weight_is_the_one_that_torch_would_fit():
     assert (exact - ours).square().sum() < 1.01 * (exact - best).square().sum()
     assert lost == pytest.approx(float((exact - ours).square().sum() / exact.square().sum()), abs=2e-3)
     assert torch.equal(pointwise_fit(weight, None)[0], weight[:, :, 4])
+    assert pointwise_fit(torch.zeros(3, 5, 9), None)[1] == 0  # of nothing, nothing is lost
 
 
 def test_the_convolution_that_loses_least_is_replaced_first():

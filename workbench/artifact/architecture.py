@@ -334,4 +334,5 @@ def bare_copy(model: nn.Module) -> nn.Module:
             del layer.input_quantizer
             for key in [k for k, hook in layer._forward_pre_hooks.items() if hook is weights._quantize_input]:
                 del layer._forward_pre_hooks[key]
+                layer._forward_pre_hooks_with_kwargs.pop(key, None)
     return model

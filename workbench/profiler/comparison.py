@@ -17,6 +17,7 @@ from workbench.profiler.units import counted, listed, times
 from workbench.runtimes.cuda import FLUSHED
 
 FORMAT, VERSION = "workbench profile", 1
+PARTS = ("model", "runtimes", "environment", "failed")  # of a saved profile
 MODEL = {"parameters": "parameters", "macs": "multiply-adds an image", "size_bytes": "bytes of the file"}
 MACHINE = {
     "processor": "processor",
@@ -125,6 +126,9 @@ def _checked(text: str, where: str, path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{where} is not a saved profile; `workbench profile MODEL --json {path}` writes one.")
     if found.get("version") != VERSION:
         raise ValueError(f"{where} is of version {found.get('version')}, this program reads {VERSION}; profile again.")
+    missing = [part for part in PARTS if found.get(part, []) == []]
+    if missing:
+        raise ValueError(f"{where} is not a whole profile, it has no {listed(missing)}; profile again.")
     return found
 
 

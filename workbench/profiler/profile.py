@@ -14,10 +14,10 @@ from workbench.data import Data, Split
 from workbench.profiler.costs import LayerCost, layer_costs, peak_activation_bytes
 from workbench.profiler.environment import environment
 from workbench.profiler.report import Measures, Profile, Run
-from workbench.profiler.room import bytes_for, require_room, room_for
+from workbench.profiler.room import bytes_for_one, require_room, room_for
 from workbench.profiler.scenarios import repeated
 from workbench.profiler.timing import Latency, measure
-from workbench.runtimes import RUNTIMES, ModelFile, Prepared, Runtime, RuntimeFailed, runtime, steady_outputs
+from workbench.runtimes import RUNTIMES, ModelFile, Prepared, Runtime, RuntimeFailed, runtime
 from workbench.runtimes.cuda import Cuda
 from workbench.runtimes.files import FileLayer
 from workbench.surgery import clone
@@ -64,7 +64,7 @@ def profile(
     watch = watch or (lambda message, fraction: None)
     chosen = [one.flushing() if flush_l2 and isinstance(one, Cuda) else one for one in _chosen(runtimes)]
     models, image = [model] if baseline is None else [model, baseline], _example(data, 1)
-    needed = max(_needed(one, image) for one in models)
+    needed = max(bytes_for_one(one, image) for one in models)
     require_room(needed, batch)
     example, large = _example(data, batch), _example(data, max(room_for(needed, throughput_batch), batch))
     hits = [_hits(one, data, split, chosen, watch, i / len(models)) for i, one in enumerate(models)]
@@ -147,14 +147,6 @@ def _hits(model, data, split: str, chosen: Sequence[Runtime], watch: Progress, d
     if not right:
         raise ValueError(f"The {split} split has no images; accuracy cannot be counted on it.")
     return torch.cat(right)
-
-
-def _needed(model: nn.Module | ModelFile, image: Tensor) -> int:
-    """Return the bytes that one image takes while the model runs; raises RuntimeFailed if it does not run."""
-    if isinstance(model, ModelFile):
-        return bytes_for(image)
-    steady_outputs(clone(model), image)
-    return bytes_for(image) + peak_activation_bytes(model, image)
 
 
 def _measures(model: nn.Module | ModelFile, example: Tensor, hits: Tensor | None) -> Measures:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from workbench.profiler.room import bytes_for_one, has_room, require_room
 from workbench.profiler.timing import checked_ms, latencies, undisturbed, warm_up, was_noisy
 from workbench.profiler.units import counted
 from workbench.runtimes import Prepared
@@ -149,7 +150,7 @@ class ScenarioResult:
 def single_stream(prepared: Prepared, seconds: float = 2.0) -> Iterator[ScenarioResult]:
     """Send one image, and the next as soon as it is answered; yield what was measured so far about ten times a second.
 
-    Raises ValueError unless `prepared` takes batches of one image.
+    Raises ValueError unless `prepared` takes batches of one image and `seconds` is above 0.
     """
     return _one_after_another("single stream", _one_image(prepared, "single stream"), seconds)
 
@@ -174,12 +175,13 @@ def server(
 
     Arrivals are a Poisson process of `rate_per_second`, drawn beforehand; from then on the clock decides. A query's
     latency counts from its arrival, waiting included, however far behind the server is. Ends when all are answered, or
-    as many seconds after the last arrival; who waits then counts as `waiting`. Raises ValueError for a rate or a bound
-    that is not above 0, and unless `prepared` takes batches of one image.
+    as many seconds after the last arrival; who waits then counts as `waiting`. Raises ValueError for a rate, a bound or
+    seconds that are not above 0, and unless `prepared` takes batches of one image.
     """
     if not rate_per_second > 0 or not bound_ms > 0:
         offered = f"{rate_per_second} queries a second and {bound_ms} ms"
         raise ValueError(f"A server needs a rate and a bound above 0, not {offered}.")
+    _require_time(seconds)
     _one_image(prepared, "server")
     arrivals = _poisson(rate_per_second, seconds, seed)
     serving, now = _Serving(prepared, arrivals), 0.0  # seconds on the clock of the run
@@ -271,7 +273,13 @@ def _one_image(prepared: Prepared, scenario: str) -> Prepared:
     return prepared
 
 
+def _require_time(seconds: float) -> None:
+    if not seconds > 0:
+        raise ValueError(f"A scenario runs for some seconds, more than 0, not {seconds}.")
+
+
 def _one_after_another(scenario: str, prepared: Prepared, seconds: float) -> Iterator[ScenarioResult]:
+    _require_time(seconds)
     taken_ms, spent, computing = [], 0.0, _Computing()
     warm_up(prepared)
     while spent < seconds:
@@ -309,9 +317,12 @@ def scenarios(
     `example`, float (B, C, H, W): images that are repeated as often as a batch needs. The server is offered 80 % of
     what single stream answered, and keeps `bound_ms`, by default twenty times single stream's median but no less than
     15 ms; it runs on until 1,000 queries make a p99, at most ten times as long. Offline takes the best of a few batch
-    sizes. Raises RuntimeFailed where the runtime cannot run the model.
+    sizes, of those that have room. Raises RuntimeFailed where the runtime cannot run the model or the images of multi
+    stream have no room, and ValueError unless `seconds` is above 0.
     """
     prepare, found = runtime_named(runtime).prepare, {}
+    needed = bytes_for_one(model, repeated(example, 1))
+    require_room(needed, STREAMS)
     one = prepare(model, repeated(example, 1), threads)
     yield from _into(found, single_stream(one, seconds))
     alone = found["single stream"]
@@ -320,7 +331,7 @@ def scenarios(
     rate = LOAD * alone.images_per_second
     length = max(seconds, min(1.1 * FEWEST_FOR_P99 / rate, 10 * seconds))
     yield from _into(found, server(one, rate, bound_ms, length, seed))
-    many = [prepare(model, repeated(example, batch), threads) for batch in OFFLINE_BATCHES]
+    many = [prepare(model, repeated(example, batch), threads) for batch in OFFLINE_BATCHES if has_room(needed, batch)]
     yield from _into(found, offline(_most_images(many, seconds), seconds))
 
 

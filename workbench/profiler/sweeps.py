@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from workbench.profiler.room import bytes_for_one, has_room, require_room
 from workbench.profiler.timing import Latency, measure
 from workbench.runtimes import runtime as runtime_named
 
@@ -39,12 +40,15 @@ def sweep_batches(
     """Time every batch size on every number of threads, all in turns, and yield the points so far.
 
     `example_of(batch)` gives the batch, float (batch, C, H, W), such as `data.example`. While the models are prepared
-    the lists are empty. `calls` and `budget_s` are those of `measure`. Raises RuntimeFailed where a batch cannot be
-    prepared, as when it does not fit in memory.
+    the lists are empty. `calls` and `budget_s` are those of `measure`. Batches that have no room are left out. Raises
+    RuntimeFailed where a batch cannot be prepared, or not even the smallest has room.
     """
-    prepared = []
+    needed, prepared = bytes_for_one(model, example_of(1)), []
+    require_room(needed, min(batches))
     for count in threads:
         for batch in batches:
+            if not has_room(needed, batch):
+                continue
             prepared.append(runtime_named(runtime).prepare(model, example_of(batch), count))
             yield []
     for taken in measure(prepared, calls, budget_s):

@@ -168,6 +168,11 @@ def steady_outputs(model: nn.Module, example: Tensor) -> Tensor:
     return first
 
 
+def as_floats(batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a batch in a type of floats, or as it is where it holds whole numbers, such as the indices of words."""
+    return batch.to(dtype) if batch.is_floating_point() else batch
+
+
 def cause(error: Exception) -> str:
     """Return the kind of an error and the first of what it says, on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

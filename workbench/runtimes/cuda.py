@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from workbench.runtimes.base import Runtime, RuntimeFailed, cause
+from workbench.runtimes.base import Runtime, RuntimeFailed, as_floats, cause
 from workbench.runtimes.eager import DTYPES, PreparedEager
 
 AMPERE = (8, 0)  # the first compute capability with TF32, bf16 and 2:4 sparse products
@@ -75,7 +75,8 @@ class PreparedCuda(PreparedEager):
 
     def __init__(self, runtime: Cuda, model: nn.Module, example: Tensor, threads: int):
         super().__init__(runtime, model, example, threads, torch.channels_last)
-        self.model, self.example = self.model.to("cuda", runtime.dtype), self.example.to("cuda", runtime.dtype)
+        self.model = self.model.to("cuda", runtime.dtype)
+        self.example = as_floats(self.example, runtime.dtype).to("cuda")
         self.precision = runtime.precision
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._other: Tensor | None = None  # what fills the L2 cache before a call

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from workbench.runtimes.base import Prepared, Runtime
+from workbench.runtimes.base import Prepared, Runtime, as_floats
 from workbench.surgery import clone, weighted_layers
 from workbench.weights import FakeQuantize, InputQuantizer, bake_weights, weight_parametrizations
 
@@ -33,7 +33,7 @@ class PreparedEager(Prepared):
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
         self.precision = DTYPES.get(dtype, str(dtype))
         layout = layout if example.dim() == 4 else torch.contiguous_format
-        self.example = example.to(dtype).contiguous(memory_format=layout)
+        self.example = as_floats(example, dtype).contiguous(memory_format=layout)
         if is_fake_quantized(model):
             self.note = "rounding to integers is only simulated, so this is not the time of an int8 kernel"
 

@@ -20,7 +20,7 @@ from workbench.runtimes.base import RuntimeFailed, cause
 
 FORMATS = {".onnx": "ONNX", ".xml": "OpenVINO IR"}
 READERS = {".onnx": "onnx", ".xml": "ir"}  # what OpenVINO calls its readers
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "f64": torch.float64}
 DTYPES |= {"i64": torch.int64, "i32": torch.int32, "u8": torch.uint8, "i8": torch.int8}
 KINDS = {"Convolution": "Convolution", "GroupConvolution": "Convolution", "MatMul": "MatMul"}
 
@@ -52,9 +52,20 @@ class ModelFile:
 
     @property
     def size_bytes(self) -> int:
-        """The bytes of the file, and of the weights beside it that an IR keeps in a second one."""
-        beside = self.path.with_suffix(".bin") if self.format == FORMATS[".xml"] else None
-        return self.path.stat().st_size + (beside.stat().st_size if beside and beside.is_file() else 0)
+        """The bytes of the file, and of the files beside it that hold its weights."""
+        return sum(path.stat().st_size for path in (self.path, *self._beside()) if path.is_file())
+
+    def _beside(self) -> set[Path]:
+        """Return where an IR, or an ONNX file with external data, says that its weights lie."""
+        if self.format == FORMATS[".xml"]:
+            return {self.path.with_suffix(".bin")}
+        try:
+            import onnx
+        except ImportError:  # OpenVINO runs such a file without that package, and does not tell where its data lie
+            return set()
+        tensors = onnx.load(self.path, load_external_data=False).graph.initializer
+        places = [entry.value for one in tensors for entry in one.external_data if entry.key == "location"]
+        return {self.path.parent / place for place in places}
 
     @property
     def fixed_batch(self) -> int:
@@ -78,8 +89,9 @@ class ModelFile:
 
     def layers(self, example: Tensor) -> list[FileLayer]:
         """Count weights and multiply-adds of the layers that multiply, for one image of the shape of `example`."""
-        graph = graph_of(self, example)
-        return [counted for node in graph.get_ordered_ops() for counted in _counted(node, len(example))]
+        nodes = graph_of(self, example).get_ordered_ops()
+        fixed = _fixed(nodes)
+        return [counted for node in nodes for counted in _counted(node, fixed, len(example))]
 
     def parameters(self) -> int:
         """Count the numbers that the file holds: its constants with more than one value, shapes and axes left out."""
@@ -98,17 +110,18 @@ def read_model_file(path: str | Path) -> ModelFile:
     if not path.is_file() or not is_model_file(path):
         raise RuntimeFailed(f"There is no model file {path}; its name ends in {' or '.join(FORMATS)}.")
     model = _read(path)
-    if len(model.inputs) != 1:
-        names = ", ".join(one.any_name for one in model.inputs)
-        raise RuntimeFailed(
-            f"{path.name} has {len(model.inputs)} inputs ({names}); models of one input can be profiled."
-        )
+    for ends, ports in (("input", model.inputs), ("output", model.outputs)):
+        if len(ports) != 1:
+            names = ", ".join(one.any_name for one in ports)
+            raise RuntimeFailed(f"{path.name} has {len(ports)} {ends}s ({names}); models of one can be profiled.")
     given, kind = model.inputs[0], model.inputs[0].get_element_type().get_type_name()
     if kind not in DTYPES:
-        raise RuntimeFailed(f"{path.name} takes numbers of type {kind}; {', '.join(DTYPES)} can be made up.")
+        raise RuntimeFailed(f"{path.name} takes numbers of type {kind}; export it for one of {', '.join(DTYPES)}.")
     partial = given.get_partial_shape()
     if partial.rank.is_dynamic:
         raise RuntimeFailed(f"{path.name} does not say how many dimensions its input has; export it with a shape.")
+    if not len(partial):
+        raise RuntimeFailed(f"{path.name} takes a single number; export it with a batch in front, as (batch, ...).")
     shape = tuple(0 if size.is_dynamic else size.get_length() for size in partial)
     return ModelFile(path, FORMATS[path.suffix.lower()], shape, DTYPES[kind], given.any_name)
 
@@ -158,29 +171,48 @@ def _unreadable(path: Path, why: str) -> RuntimeFailed:
     return RuntimeFailed(f"{path} cannot be read as {FORMATS[path.suffix.lower()]}: {why}{beside}.")
 
 
-def _counted(node, batch: int) -> Iterator[FileLayer]:
+def _fixed(nodes: list) -> set[str]:
+    """Return the names of those of the ordered nodes in which the input has no part: constants, and what reads them."""
+    found = set()
+    for node in nodes:
+        reads = [port.get_source_output().get_node().get_name() for port in node.inputs()]
+        if node.get_type_name() == "Constant" or (reads and found.issuperset(reads)):
+            found.add(node.get_name())
+    return found
+
+
+def _counted(node, fixed: set[str], batch: int) -> Iterator[FileLayer]:
     """Yield the counts of a node that multiplies by constants; products of two activations have no weights."""
     kind = KINDS.get(node.get_type_name())
-    weights = _constant(node.input_value(1).get_node()) if kind else None
-    if weights is None:
+    ports = {"Convolution": node.inputs()[1:2], "MatMul": node.inputs()}.get(kind, [])
+    held = [port.get_source_output() for port in ports if port.get_source_output().get_node().get_name() in fixed]
+    if len(held) != 1:
         return
-    shape, output = tuple(node.input(1).get_shape()), tuple(node.get_output_shape(0))
-    channels = output[1] if kind == "Convolution" else output[-1]
-    each = math.prod(shape) // channels  # multiplications behind one output number
-    values = np.asarray(weights.data)
-    macs = each * math.prod(output) // batch
-    counts = (values.size, int(np.count_nonzero(values)), macs)
-    held = (shape[0] * shape[1], *shape[2:]) if node.get_type_name() == "GroupConvolution" else shape
-    yield FileLayer(node.get_friendly_name(), kind, *counts, (1, *output[1:]), held)
+    shape, output = tuple(held[0].get_shape()), tuple(node.get_output_shape(0))
+    size, values = math.prod(shape), _evaluated(held[0])
+    nonzero = size if values is None else int(np.count_nonzero(values.data))
+    macs = _multiplications(node, kind) * math.prod(output) // batch
+    shape = (shape[0] * shape[1], *shape[2:]) if node.get_type_name() == "GroupConvolution" else shape
+    yield FileLayer(node.get_friendly_name(), kind, size, nonzero, macs, (1, *output[1:]), shape)
 
 
-def _constant(node):
-    """Return the constant behind a weight, through what decompresses it; None for a computed one."""
-    while node.get_type_name() != "Constant":
-        if not node.inputs() or node.get_type_name() == "Parameter":
-            return None
-        node = node.input_value(0).get_node()
-    return node
+def _multiplications(node, kind: str) -> int:
+    """Return how many multiplications are behind one output number."""
+    if kind == "Convolution":
+        return math.prod(node.input(1).get_shape()) // node.get_output_shape(0)[1]
+    shape = node.input(0).get_shape()
+    return shape[-2 if node.get_attributes()["transpose_a"] and len(shape) > 1 else -1]
+
+
+def _evaluated(output) -> Any:
+    """Return what is computed from constants alone, an openvino.Tensor; None where OpenVINO shows no such numbers."""
+    from openvino import Tensor
+
+    node = output.get_node()
+    given = [_evaluated(port.get_source_output()) for port in node.inputs()]
+    results = [Tensor(one.get_element_type(), one.get_shape()) for one in node.outputs()]
+    told = all(one is not None for one in given) and node.evaluate(results, given)
+    return results[output.get_index()] if told else None
 
 
 def _values(node) -> int:

@@ -25,7 +25,7 @@ from workbench.runtimes.base import threads as using_threads
 from workbench.runtimes.cuda import PreparedCuda, PreparedGraph
 from workbench.runtimes.eager import DTYPES, PreparedEager
 from workbench.runtimes.files import ModelFile
-from workbench.runtimes.onnx import Node, OnnxRuntime, PreparedOnnxRuntime
+from workbench.runtimes.onnx import FLOATS, Node, OnnxRuntime, PreparedOnnxRuntime
 from workbench.runtimes.openvino import PreparedOpenVINO, executed
 from workbench.runtimes.sparse import SPARSE_KERNEL, SparseLayer
 from workbench.surgery import clone, model_class, weighted_layers
@@ -37,7 +37,7 @@ IN_A_ROW = 20  # calls of one copy before the next
 EMPTY_NODES = 64  # in the model that shows what ONNX Runtime's profiler takes by itself
 EMPTY_CALLS = 100
 SHOW_LAYERS = ("openvino", "eager", "cuda", "onnxruntime")  # runtimes that do; a report asks the first that runs
-TYPES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "double": "fp64", "uint8": "int8"}  # of ONNX
+TYPES = FLOATS | {"uint8": "int8"}  # of ONNX
 
 
 @dataclass(frozen=True)

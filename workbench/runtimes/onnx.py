@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from workbench.runtimes.base import Kernel, Prepared, Runtime, RuntimeFailed, precisions, quiet
+from workbench.runtimes.base import Kernel, Prepared, Runtime, RuntimeFailed, as_floats, precisions, quiet
 from workbench.runtimes.eager import bake, is_fake_quantized
 from workbench.runtimes.files import ModelFile
 from workbench.surgery import clone, model_class, weighted_layers
 from workbench.weights import FakeQuantize, InputQuantizer, WeightCode, describe, split_groups
 
 OPSET = 17  # has every operator needed, and is read by runtimes some years old
+FLOATS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "double": "fp64"}  # by ONNX's words for them
 BLOCK = 16  # channels: kernels that compute so many at once hold weights filled up with zeros
 
 
@@ -41,7 +42,8 @@ class RoundedInput(nn.Module):
 def onnx_model(model: nn.Module, example: Tensor) -> Any:
     """Return `model` as an onnx.ModelProto for batches of any size of inputs shaped like `example`.
 
-    Input and output are called "input" and "output", and are float32. Raises ImportError without the package onnx.
+    Input and output are called "input" and "output", and are float32; an input of whole numbers stays what it is.
+    Raises ImportError without the package onnx.
     """
     import onnx
 
@@ -50,7 +52,7 @@ def onnx_model(model: nn.Module, example: Tensor) -> Any:
     for layer in list(plain.modules()):
         if isinstance(getattr(layer, "input_quantizer", None), InputQuantizer):
             layer.input_quantizer = RoundedInput(layer.input_quantizer)
-    graph = onnx.load_from_string(_exported(plain, example.float()))
+    graph = onnx.load_from_string(_exported(plain, as_floats(example)))
     _store_integers(graph.graph, codes)
     return graph
 
@@ -141,6 +143,7 @@ def session(source: bytes | str, threads: int = 1, optimized: str = "", profile:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.x64quantprecision", "1")  # else sums saturate on processors without VNNI
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else idle threads slow what is timed next
     if optimized:
         options.optimized_model_filepath = optimized
     if profile:
@@ -154,7 +157,7 @@ class PreparedOnnxRuntime(Prepared):
     def __init__(self, runtime: Runtime, model: nn.Module | ModelFile, example: Tensor, threads: int):
         super().__init__(runtime, example, threads)
         self.model, named = model, isinstance(model, ModelFile)
-        self._takes = (model.input_name, model.dtype) if named else ("input", torch.float32)
+        self._takes = (model.input_name, model.dtype) if named else ("input", as_floats(example).dtype)
         with tempfile.TemporaryDirectory() as folder:
             self._session, nodes = self._begun(folder)
         self.kernels = tuple(node.kernel for node in nodes if node.multiplies)
@@ -202,6 +205,7 @@ class Node(NamedTuple):
 
     `call` is that of the layer that it stems from, None where it multiplies nothing by weights. `weight_bytes` are
     those of its constants; `computed_bytes` those of them that another node computes from constants in each call.
+    `floats` is the type of its first input of floats, in which a kernel computes that is none for integers.
     """
 
     name: str
@@ -209,6 +213,7 @@ class Node(NamedTuple):
     call: Call | None
     weight_bytes: int
     computed_bytes: int
+    floats: str = "fp32"
 
     @property
     def multiplies(self) -> bool:
@@ -216,8 +221,8 @@ class Node(NamedTuple):
 
     @property
     def kernel(self) -> Kernel:
-        whole = self.kind.startswith("Q") or "Integer" in self.kind
-        return Kernel(self.call.layer if self.call else self.name, "int8" if whole else "fp32", self.kind)
+        whole = self.kind.startswith("Q") or "Integer" in self.kind or "Quantize" in self.kind
+        return Kernel(self.call.layer if self.call else self.name, "int8" if whole else self.floats, self.kind)
 
 
 def _calls(model: nn.Module | ModelFile, example: Tensor) -> list[Call]:
@@ -255,6 +260,7 @@ def _nodes(path: str, calls: list[Call]) -> list[Node]:
     from onnx.helper import tensor_dtype_to_np_dtype
 
     graph, waiting, nodes = onnx.load(path, load_external_data=False).graph, list(calls), []
+    floats = _floats(graph)
     constants = {
         one.name: _Constant(
             tuple(one.dims), math.prod(one.dims) * tensor_dtype_to_np_dtype(one.data_type).itemsize, False
@@ -267,9 +273,27 @@ def _nodes(path: str, calls: list[Call]) -> list[Node]:
             shape = max((one.shape for one in held.values()), key=math.prod)
             constants |= {name: _Constant(shape, 4 * math.prod(shape), True) for name in node.output}
         total, computed = (sum(one.nbytes for one in held.values() if one.computed >= only) for only in (False, True))
-        found = Node(node.name, node.op_type, None, total, computed)
+        reads = next((floats[name] for name in node.input if name in floats), "fp32")
+        found = Node(node.name, node.op_type, None, total, computed, reads)
         nodes.append(found._replace(call=_call_of(node.name, held, waiting)) if found.multiplies else found)
     return nodes
+
+
+def _floats(graph: Any) -> dict[str, str]:
+    """Return the types of the tensors that hold floats, by name; only constants and the graph's ends tell their own.
+
+    Any other holds what the node that gives it reads, except behind a Cast.
+    """
+    from onnx import TensorProto
+
+    word = lambda number: FLOATS.get(TensorProto.DataType.Name(number).lower())
+    ends = {one.name: word(one.type.tensor_type.elem_type) for one in [*graph.input, *graph.output]}
+    found = ends | {one.name: word(one.data_type) for one in graph.initializer}
+    for node in graph.node:
+        cast = next((word(one.i) for one in node.attribute if one.name == "to"), None)
+        reads = next((found[name] for name in node.input if found.get(name)), None)
+        found |= {name: cast or reads for name in node.output if name not in found}
+    return {name: kind for name, kind in found.items() if kind}
 
 
 def _call_of(name: str, held: dict[str, _Constant], waiting: list[Call]) -> Call | None:

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from workbench.runtimes.base import Kernel, Prepared, Runtime, precisions, quiet
+from workbench.runtimes.base import Kernel, Prepared, Runtime, as_floats, precisions, quiet
 from workbench.runtimes.eager import is_fake_quantized
 from workbench.runtimes.files import ModelFile, graph_of
 from workbench.surgery import clone, weighted_layers
@@ -34,7 +34,7 @@ class PreparedOpenVINO(Prepared):
     def __init__(self, runtime: OpenVINO, model: nn.Module | ModelFile, example: Tensor, threads: int):
         super().__init__(runtime, example, threads)
         self.model, self._floats = runnable(model), runtime.floats
-        self._dtype = model.dtype if isinstance(model, ModelFile) else torch.float32
+        self._dtype = model.dtype if isinstance(model, ModelFile) else as_floats(example).dtype
         self._requests = {}
         self._request = self._filled(example)
         self.kernels = tuple(self.multiplying(self._request).values())

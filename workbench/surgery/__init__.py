@@ -4,6 +4,7 @@ from workbench.surgery.channels import ChannelTrace, TracingError, channel_group
 from workbench.surgery.layers import (
     Parallel,
     clone,
+    identity,
     layer_at,
     layers_to_compress,
     model_class,
@@ -19,6 +20,7 @@ __all__ = [
     "channel_groups",
     "clone",
     "cut_channels",
+    "identity",
     "layer_at",
     "layers_to_compress",
     "model_class",

@@ -32,9 +32,10 @@ def model_class(layer: nn.Module) -> type:
 
 
 def weighted_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return (name, layer) of every linear and convolution layer, in the order of definition."""
+    """Return (name, layer) of every linear and convolution layer with weights, in the order of definition."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds)]
+    found = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds))
+    return [(name, layer) for name, layer in found if layer.weight.numel()]
 
 
 def layers_to_compress(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -42,7 +43,8 @@ def layers_to_compress(model: nn.Module) -> list[tuple[str, nn.Module]]:
     layers = weighted_layers(model)
     if not layers:
         kind = type(model).__name__
-        raise ValueError(f"There is no linear or convolution layer in {kind}: there is nothing to compress.")
+        known = "Linear, Conv1d, Conv2d or Conv3d"
+        raise ValueError(f"There is no linear or convolution layer ({known}) in {kind}: there is nothing to compress.")
     return layers
 
 
@@ -63,7 +65,9 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
 def remembered(model: nn.Module, key: Any, compute: Callable[[], T]) -> T:
     """Return `compute()`, computed once for this model and key as long as the model's tensors stay unchanged.
 
-    This is what makes a slider quick: factors, sorted magnitudes and activation ranges do not depend on it.
+    This is what makes a slider quick: factors, sorted magnitudes and activation ranges do not depend on it. A tensor
+    that is changed through `.data` counts as unchanged, since torch does not count such changes: write
+    `with torch.no_grad(): weight.copy_(new)`.
     """
     tensors = [*model.parameters(), *model.buffers()]
     version = tuple((id(t), t.data_ptr(), t._version) for t in tensors)
@@ -71,3 +75,11 @@ def remembered(model: nn.Module, key: Any, compute: Callable[[], T]) -> T:
     if key not in store or store[key][0] != version:
         store[key] = (version, compute())
     return store[key][1]
+
+
+def identity(data: Any) -> tuple[int, int]:
+    """Return what tells data from others in a key of `remembered`: its id, and how often a tensor was changed in place.
+
+    Keep a reference to the data beside what was computed from it, so that its id is not given to another.
+    """
+    return id(data), data._version if isinstance(data, Tensor) and not data.is_inference() else 0

@@ -1,39 +1,66 @@
-"""What the inputs of a layer look like: the vectors that its weight is multiplied with, and their second moments."""
+"""What the inputs of a layer look like: what it is given, the vectors its weight meets, and their second moments."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.surgery import weighted_layers
+from workbench.weights import finite_weight
+
+
+def watch_inputs(model: nn.Module, batches: Iterable[Tensor], note: Callable[[str, nn.Module, Tensor], None]) -> None:
+    """Run `batches` through `model` without gradients; `note(name, layer, x)` gets each input of a weighted layer.
+
+    Raises ValueError where an input holds NaN or infinity, of which nothing can be learned.
+    """
+
+    def hook(name):
+        def look(layer, args, named):
+            x = (*args, *named.values())[0].detach()
+            if not x.isfinite().all():
+                _refuse(model, name)
+            note(name, layer, x)
+
+        return look
+
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in weighted_layers(model)]
+    try:
+        with torch.no_grad():
+            for images in batches:
+                model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse(model: nn.Module, name: str) -> None:
+    for one, layer in weighted_layers(model):
+        finite_weight(one, layer.weight.detach())
+    raise ValueError(
+        f"The input of layer {name!r} holds NaN or infinity on the images that it is calibrated with: look for such "
+        "values in the images."
+    )
 
 
 def second_moments(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
     """Return the mean of x·xᵀ over all inputs x that each layer's weight is multiplied with; float64 (n, n) by name.
 
     For a convolution, x is the patch under the kernel. Layers other than linear ones and zero-padded 2-D convolutions
-    are left out.
+    are left out. Raises ValueError where an input is not finite.
     """
     sums, counts = {}, {}
 
-    def hook(name):
-        def add(layer, args):
-            rows = input_rows(layer, args[0].detach()).float()
+    def note(name, layer, x):
+        if has_input_rows(layer):
+            rows = input_rows(layer, x).float()
             sums[name] = sums.get(name, 0) + (rows.T @ rows).double()
             counts[name] = counts.get(name, 0) + len(rows)
 
-        return add
-
-    layers = [(name, layer) for name, layer in weighted_layers(model) if has_input_rows(layer)]
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers]
-    try:
-        with torch.no_grad():
-            for images in (part for batch in batches for part in batch.split(16)):
-                model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch_inputs(model, (part for batch in batches for part in batch.split(16)), note)
     return {name: total / counts[name] for name, total in sums.items()}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.data import Split
-from workbench.surgery import remembered
+from workbench.surgery import clone, identity, remembered
 
 CALIBRATION_IMAGES = 128  # 512 gain less than a point more and cost four times the wait
 BATCH = 64
@@ -69,20 +69,23 @@ def recalibrate(model: nn.Module, batches: list[Tensor]) -> nn.Module:
 
     `batches`: float tensors (B, C, H, W), each of at least two images, of which the first is used: a slider waits for
     this, and a second batch of 64 gains nothing beyond the noise. After a cut the statistics of the full network no
-    longer fit the smaller one. Source: Li et al., 2020 (EagleEye), arXiv:2007.02491.
+    longer fit the smaller one. A norm that is used several times gets the mean of what it saw, one that does not run
+    keeps what it had. Source: Li et al., 2020 (EagleEye), arXiv:2007.02491.
     """
     if not batches:
         return model.eval()
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
+    before = [(norm.momentum, clone(norm).state_dict()) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = 1.0  # the statistics of this batch alone
+        norm.momentum = None  # the mean over its calls on this batch
         norm.train()
     with torch.no_grad(), _channels_last(model):
         model(batches[0])
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm, (momentum, state) in zip(norms, before, strict=True):
         norm.momentum = momentum
+        if norm.num_batches_tracked == 0:
+            norm.load_state_dict(state)
     return model.eval()
 
 
@@ -123,4 +126,4 @@ def calibration_batches(model: nn.Module, data: Any) -> list[Tensor]:
         batches = [images.to(first.device, first.dtype) for images, _ in sample.batches(BATCH) if len(images) > 1]
         return data, batches  # holding the data keeps its id from being given to another
 
-    return remembered(model, ("calibration images", id(data)), draw)[1]
+    return remembered(model, ("calibration images", identity(data)), draw)[1]

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from workbench.surgery import clone, layers_to_compress, model_class, remembered, weighted_layers
+from workbench.surgery import clone, identity, layers_to_compress, model_class, remembered, weighted_layers
 from workbench.techniques.moments import second_moments
 from workbench.techniques.repair import calibration_batches
 from workbench.weights import finite_weight
@@ -94,7 +94,7 @@ def fitted(
         weights = {name: finite_weight(name, layer.weight.detach()).float() for name, layer in layers}
         return data, {name: fit(weight, moments.pop(name, None)) for name, weight in weights.items()}
 
-    return remembered(model, (key, objective, id(data) if batches else None), compute)[1]
+    return remembered(model, (key, objective, identity(data) if batches else None), compute)[1]
 
 
 def is_spatial(layer: nn.Module) -> bool:

@@ -37,10 +37,11 @@ from torch import Tensor, nn
 from workbench.surgery import clone, remembered, weighted_layers
 from workbench.technique import Technique, setting
 from workbench.techniques.repair import finetune
-from workbench.weights import Codebook, finite_weight, parametrize_weight, weight_parametrizations
+from workbench.weights import Codebook, finite_weight, parametrize_weight, stored_tensor
 
 INITIAL = ("cube-root", "linear", "density", "k-means++")
 ROUNDS = 60  # of assigning and averaging, at most
+TINY = float(torch.finfo(torch.float32).tiny)
 EXCHANGES = 20  # of clusters that hardly matter for ones that do, at most
 BETWEEN = 5  # rounds from one exchange to the next
 WORTH = 1.02  # how much more a split must gain than the join costs
@@ -264,15 +265,19 @@ def _groups(model: nn.Module, scope: str) -> list[list[str]]:
         return [[name for name, _ in layers]]
     groups: dict[int, list[str]] = {}
     for name, layer in layers:
-        below = layer.parametrizations.weight.original if weight_parametrizations(layer) else layer.weight
-        groups.setdefault(id(below), []).append(name)
+        groups.setdefault(id(stored_tensor(layer)), []).append(name)
     return list(groups.values())
 
 
 def _levels(data: SortedValues, count: int, initial: str, seed: int) -> Tensor:
-    """Return at most `count` sorted levels, float32, zero among them if a value is zero."""
+    """Return at most `count` sorted levels, float32, zero among them if and only if a value is zero.
+
+    Where other values lie around zero evenly their centroid is zero; it becomes a number just above it, since
+    the level of zero belongs to zeros alone.
+    """
     has_zero = int(len(data.values) < data.total)
     centroids = kmeans(data, count - has_zero, initial, seed)
+    centroids = np.where(centroids.astype(np.float32) == 0, TINY, centroids)
     return torch.from_numpy(np.append(centroids, np.zeros(has_zero))).float().unique()
 
 

@@ -41,6 +41,7 @@ from workbench.weights import (
     Mask,
     finite_weight,
     parametrize_weight,
+    stored_tensor,
     weight_parametrizations,
 )
 
@@ -244,7 +245,7 @@ def _is_read(model: nn.Module, group: ChannelGroup) -> Tensor:
 def _roundable(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Return (layer, tensor) of each weight and bias that no earlier stage has rounded already.
 
-    Raises ValueError where there is none, where one is not finite, or where two layers share one.
+    Raises ValueError where there is none, where one is not finite or kept in parts, or where two layers share one.
     """
     found, owners = [], {}
     for name, layer in weighted_layers(model):
@@ -257,7 +258,12 @@ def _roundable(model: nn.Module) -> list[tuple[nn.Module, str]]:
                 raise ValueError(
                     f"EntropyAwareTraining trains in float32, but {name!r} holds {value.dtype}; pass model.float()."
                 )
-            stored = layer.parametrizations[tensor].original if weight_parametrizations(layer, tensor) else value
+            stored = stored_tensor(layer, tensor)
+            if stored.shape != value.shape:
+                raise ValueError(
+                    f"EntropyAwareTraining: the {tensor} of layer {name!r} is kept in several tensors (weight_norm); "
+                    f"call torch.nn.utils.parametrize.remove_parametrizations(layer, {tensor!r}) first."
+                )
             if id(stored) in owners:
                 raise ValueError(
                     f"EntropyAwareTraining: layers {owners[id(stored)]!r} and {name!r} share one {tensor}, which would "
@@ -273,9 +279,13 @@ def _roundable(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _attach(layer: nn.Module, name: str, bits: int) -> _Coded:
-    """Stack a quantizer with a learned scale on the tensor: few levels start far apart, since few weights will stay."""
-    spread = float(layer.weight.detach().float().std(correction=0)) or 1.0
-    scale = spread * min(2.0, 8 / 2 ** (bits - 1))
+    """Stack a quantizer with a learned scale on the tensor: few levels start far apart, since few weights will stay.
+
+    Where the weights lie on one side of zero, not their spread but their mean is what the levels must reach.
+    """
+    weight, levels = layer.weight.detach().float(), 2 ** (bits - 1)
+    spread, middle = float(weight.std(correction=0)), float(weight.mean().abs())
+    scale = middle * min(1.0, 8 / levels) if middle > 2 * spread else spread * min(2.0, 8 / levels) or 1.0
     if name == "bias":
         bits = min(bits + 1, 8)
     quantizer = FakeQuantize(nn.Parameter(torch.tensor(scale)), torch.tensor(0), bits, None)

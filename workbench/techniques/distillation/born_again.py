@@ -35,7 +35,7 @@ def fresh(model: nn.Module, seed: int = 0) -> nn.Module:
 
     Raises ValueError where a layer holds numbers of its own and does not say how they begin.
     """
-    twin = bake_weights(clone(model)).float()
+    twin = bake_weights(clone(model)).float().requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, layer in twin.named_modules():

@@ -46,9 +46,10 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def regressor(student: Tensor, teacher: Tensor) -> nn.Module:
     """Return the layer that translates the student's features into as many channels as the teacher's have.
 
-    Raises ValueError where one has maps (B, C, H, W) and the other vectors.
+    Raises ValueError where one has maps (B, C, H, W) and the other vectors, or sequences of another length.
     """
-    if student.dim() != teacher.dim():
+    places = (student.shape[1:-1], teacher.shape[1:-1]) if student.dim() != 4 else (0, 0)  # maps are pooled
+    if student.dim() != teacher.dim() or places[0] != places[1]:
         shapes = f"{tuple(student.shape[1:])} and the teacher {tuple(teacher.shape[1:])}"
         raise ValueError(f"DistillationFeatures: at this depth the student reads {shapes}; choose another depth.")
     if student.dim() == 4:

@@ -36,7 +36,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from workbench.surgery import ChannelTrace, clone, cut_channels, remembered, trace_channels, weighted_layers
+from workbench.surgery import ChannelTrace, clone, cut_channels, identity, remembered, trace_channels, weighted_layers
 from workbench.surgery.channels import ChannelGroup
 from workbench.technique import Technique, setting
 from workbench.techniques.pruning.criteria import (
@@ -130,7 +130,7 @@ class ChannelPruning(Scoped, Technique):
     def _scores(self, model: nn.Module, data: Any) -> tuple[list[ChannelGroup], list[Tensor]]:
         """Return the groups of the model with the score of each channel; this is what no slider changes."""
         example = _example(data)
-        seen = id(data) if self.criterion == "taylor" else None
+        seen = identity(data) if self.criterion == "taylor" else None
         key = ("channel importance", self.criterion, tuple(tuple(x.shape[1:]) for x in example), seen)
         return remembered(model, key, lambda: (_scored(model, example, self.criterion, data), data))[0]
 

@@ -88,7 +88,7 @@ def taylor_products(model: nn.Module, data: Any) -> list[Products]:
     """
     if not hasattr(data, "train"):
         raise ValueError('The criterion "taylor" needs images with labels: pass a data set from load_data.')
-    plain = bake_weights(clone(model)).float()
+    plain = bake_weights(clone(model)).float().requires_grad_(True)
     parameters = dict(plain.named_parameters())
     products = []
     for images, labels in data.train.take(CALIBRATION_IMAGES, seed=0).batches(16):

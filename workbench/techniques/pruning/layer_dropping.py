@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from workbench.surgery import clone, remembered, replace_layer, weighted_layers
+from workbench.surgery import clone, identity, remembered, replace_layer, weighted_layers
 from workbench.technique import Technique, setting
 from workbench.techniques.repair import calibration_batches, finetune, recalibrate
 from workbench.weights import finite_weight
@@ -140,7 +140,7 @@ class LayerDropping(Technique):
 
     def order(self, model: nn.Module, data: Any) -> list[str]:
         """Return the names of the blocks that can be dropped, the one that is missed least first."""
-        changes, _ = remembered(model, ("drop changes", id(data)), lambda: (_changes(model, data), data))
+        changes, _ = remembered(model, ("drop changes", identity(data)), lambda: (_changes(model, data), data))
         return sorted(changes, key=changes.get)
 
 

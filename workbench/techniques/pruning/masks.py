@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from workbench.surgery import weighted_layers
 from workbench.technique import setting
-from workbench.weights import Mask, finite_weight, parametrize_weight, weight_parametrizations
+from workbench.weights import Mask, finite_weight, parametrize_weight, stored_tensor, weight_parametrizations
 
 SCOPES = ("global", "layer", "erk")
 Tied = list[tuple[str, nn.Module]]  # layers by name that share one weight; nearly always a single one
@@ -47,7 +47,7 @@ def prunable(model: nn.Module, technique: str) -> list[Tied]:
     found: dict[int, Tied] = {}
     for name, layer in weighted_layers(model):
         finite_weight(name, layer.weight.detach())
-        found.setdefault(id(stored(layer)), []).append((name, layer))
+        found.setdefault(id(stored_tensor(layer)), []).append((name, layer))
     if not found:
         kind = type(model).__name__
         raise ValueError(f"{technique} found no linear or convolution layer in {kind}: there is nothing to prune.")
@@ -57,11 +57,6 @@ def prunable(model: nn.Module, technique: str) -> list[Tied]:
 def used_weights(tied: list[Tied]) -> list[Tensor]:
     """Return each weight as it is used, with all that earlier stages put on it."""
     return [layers[0][1].weight.detach() for layers in tied]
-
-
-def stored(layer: nn.Module) -> Tensor:
-    """Return the tensor that lies under the layer's weight, below any parametrization."""
-    return layer.parametrizations.weight.original if weight_parametrizations(layer) else layer.weight
 
 
 # --- how many go, and which -----------------------------------------------------------------------------------------

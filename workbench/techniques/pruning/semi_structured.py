@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.surgery import clone, remembered
+from workbench.surgery import clone, identity, remembered
 from workbench.technique import Technique, setting
 from workbench.techniques.pruning.masks import attach_masks, prunable, used_weights
 from workbench.techniques.pruning.wanda import calibration_scores
@@ -74,7 +74,7 @@ class SemiStructuredPruning(Technique):
         """
         small = clone(model)
         if self.pattern != "dense":
-            key = ("N:M masks", self.pattern, self.criterion, id(data) if self.criterion == "wanda" else None)
+            key = ("N:M masks", self.pattern, self.criterion, identity(data) if self.criterion == "wanda" else None)
             masks, _ = remembered(model, key, lambda: (self._masks(model, data), data))
             attach_masks(prunable(small, type(self).__name__), masks)
         return finetune(small, data, self.finetune, watch)

@@ -28,8 +28,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from workbench.surgery import clone, remembered, weighted_layers
+from workbench.surgery import clone, identity, remembered
 from workbench.technique import Technique, setting
+from workbench.techniques.moments import watch_inputs
 from workbench.techniques.pruning.masks import Tied, attach_masks, prunable
 from workbench.techniques.repair import calibration_batches, finetune
 
@@ -68,19 +69,11 @@ def input_squares(layer: nn.Module, x: Tensor) -> Tensor:
 def all_input_squares(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
     """Run `batches` through `model` and return, by name, what `input_squares` sums to, one row for each output."""
     sums: dict[str, Tensor] = {}
-    names = {layer: name for name, layer in weighted_layers(model)}
 
-    def add(layer, args):
-        sums[names[layer]] = sums.get(names[layer], 0) + input_squares(layer, args[0])
+    def note(name, layer, x):
+        sums[name] = sums.get(name, 0) + input_squares(layer, x)
 
-    handles = [layer.register_forward_pre_hook(add) for layer in names]
-    try:
-        with torch.no_grad():
-            for images in batches:
-                model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch_inputs(model, batches, note)
     return {name: _a_row_each(model.get_submodule(name), total) for name, total in sums.items()}
 
 
@@ -101,7 +94,7 @@ def calibration_scores(model: nn.Module, data: Any, technique: str) -> list[Tens
             "load_data, or a batch of images."
         )
     compute = lambda: (all_input_squares(clone(model), batches), data)
-    squares, _ = remembered(model, ("input squares", id(data)), compute)
+    squares, _ = remembered(model, ("input squares", identity(data)), compute)
     return [_tied_scores(layers, squares) for layers in tied]
 
 
@@ -128,7 +121,7 @@ class WandaPruning(Technique):
         """
         small = clone(model)
         if self.sparsity > 0:
-            key = ("Wanda ranks", id(data))
+            key = ("Wanda ranks", identity(data))
             ranked, _ = remembered(model, key, lambda: (self._ranked(model, data), data))
             attach_masks(prunable(small, type(self).__name__), [row_masks(rank, self.sparsity) for rank in ranked])
         return finetune(small, data, self.finetune, watch)

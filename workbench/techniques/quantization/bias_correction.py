@@ -7,23 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from workbench.surgery import weighted_layers
+from workbench.techniques.moments import watch_inputs
 
 
 def mean_inputs(model: nn.Module, images: Tensor) -> dict[str, list[Tensor]]:
     """Return the mean input of each weighted layer over `images` (N, C, H, W): one (1, …) tensor a call."""
     seen: dict[str, list[Tensor]] = {}
-
-    def watch(name):
-        return lambda _layer, args: seen.setdefault(name, []).append(args[0].detach().mean(0, keepdim=True))
-
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in weighted_layers(model)]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch_inputs(model, [images], lambda name, _, x: seen.setdefault(name, []).append(x.mean(0, keepdim=True)))
     return seen
 
 

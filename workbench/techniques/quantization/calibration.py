@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from workbench.surgery import weighted_layers
+from workbench.techniques.moments import watch_inputs
 
 METHODS = ("min-max", "percentile", "mse", "kl")
-PERCENTILE = 99.9
+OUTERMOST = 1000  # of so many values the percentile leaves out one at each end
 FRACTIONS = torch.linspace(1.0, 0.3, 36)
-SAMPLE = 65_536
+SAMPLE = 65_536  # of a layer's inputs, drawn at random: any fixed step would see the same few places of each image
 BINS = 2048  # of the histogram that divergence is measured on, and how many of them a candidate grows by
 BIN_STEP = 8
 LEAST_COUNT = 1e-4  # of a bin that only holds what was cut off, where the divergence would be infinite
@@ -28,7 +28,7 @@ def scale_and_zero(low: Tensor, high: Tensor, quant_min: int, quant_max: int, sy
         scale = torch.maximum(-low, high) / quant_max
         zero = torch.zeros_like(scale)
     else:
-        scale = (high - low) / (quant_max - quant_min)
+        scale = high / (quant_max - quant_min) - low / (quant_max - quant_min)  # the difference may be too large
         zero = quant_min - torch.round(low / scale)
     empty = ~(scale > torch.finfo(torch.float32).tiny)
     scale = torch.where(empty, torch.ones_like(scale), scale)
@@ -56,7 +56,7 @@ def value_range(values: Tensor, method: str, quant_min: int, quant_max: int, sym
     """
     low, high = values.amin(1), values.amax(1)
     if method == "percentile":
-        cut = min(values.shape[1] - 1, int(values.shape[1] * (1 - PERCENTILE / 100)))
+        cut = values.shape[1] // OUTERMOST
         ordered = values.sort(1).values
         return ordered[:, cut], ordered[:, -1 - cut]
     if method in ("mse", "kl"):
@@ -115,26 +115,32 @@ class InputSample:
     high: Tensor
     values: Tensor
 
+    @classmethod
+    def of(cls, x: Tensor) -> InputSample:
+        """Look at one input of any shape."""
+        flat = x.float().flatten()
+        if len(flat) <= SAMPLE:
+            return cls(flat.min(), flat.max(), flat.clone())
+        drawn = torch.randint(len(flat), (SAMPLE,), generator=torch.Generator().manual_seed(0))
+        return cls(flat.min(), flat.max(), flat[drawn.to(flat.device)])
+
+    def __add__(self, other: InputSample) -> InputSample:
+        values = torch.cat([self.values, other.values])
+        return InputSample(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high), values)
+
 
 def input_samples(model: nn.Module, images: Tensor) -> dict[str, InputSample]:
-    """Run `images` (N, C, H, W) through the model and return what the input of each weighted layer looked like."""
+    """Run `images` (N, C, H, W) through the model and return what the input of each weighted layer looked like.
+
+    A layer that is called several times has seen all of these inputs. Raises ValueError where one is not finite.
+    """
     seen: dict[str, InputSample] = {}
 
-    def watch(name):
-        def hook(layer, args):
-            flat = args[0].detach().float().flatten()
-            stride = max(1, flat.numel() // SAMPLE)
-            seen[name] = InputSample(flat.min(), flat.max(), flat[::stride].clone())
+    def note(name, _layer, x):
+        found = InputSample.of(x)
+        seen[name] = seen[name] + found if name in seen else found
 
-        return hook
-
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in weighted_layers(model)]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch_inputs(model, [images], note)
     return seen
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from workbench.surgery import clone, layers_to_compress
 from workbench.technique import Technique, setting
-from workbench.techniques.quantization.structure import stored_weight, tied_layers
+from workbench.techniques.quantization.structure import tied_layers
 from workbench.weights import finite_weight, parametrize_weight
 
 
@@ -18,7 +18,7 @@ def largest_layers(model: nn.Module, part: float) -> list[str]:
 
     Layers that share a weight come together and count once.
     """
-    groups = [(stored_weight(model.get_submodule(names[0])).numel(), names) for names in tied_layers(model)]
+    groups = [(model.get_submodule(names[0]).weight.numel(), names) for names in tied_layers(model)]
     wanted, chosen = part * sum(size for size, _ in groups), []
     for size, names in sorted(groups, key=lambda group: -group[0]):
         if wanted <= 0:

@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from workbench.surgery import clone, layers_to_compress, remembered
+from workbench.surgery import clone, identity, layers_to_compress, remembered
 from workbench.technique import Technique, setting
 from workbench.techniques.moments import second_moments
 from workbench.techniques.quantization.post_training import Quantization
-from workbench.techniques.quantization.structure import only_masked, stored_weight, tied_layers
+from workbench.techniques.quantization.structure import only_masked, tied_layers
 from workbench.techniques.repair import calibration_batches
 from workbench.training import Step
-from workbench.weights import FakeQuantize, finite_weight, parametrize_weight
+from workbench.weights import FakeQuantize, finite_weight, parametrize_weight, stored_tensor
 
 T = TypeVar("T")
 
@@ -50,9 +50,8 @@ def layer_moments(model: nn.Module, data: Any, who: str) -> Moments:
     batches = [data] if isinstance(data, Tensor) else calibration_batches(model, data)
     if not batches:
         raise ValueError(f"{who} looks at the inputs of layers: pass data from load_data, or a batch of images.")
-    changes = data._version if isinstance(data, Tensor) and not data.is_inference() else 0
     compute = lambda: (_moments(model, batches), data)  # holding the data keeps its id its own
-    return remembered(model, ("second moments", id(data), changes), compute)[0]
+    return remembered(model, ("second moments", identity(data)), compute)[0]
 
 
 def _moments(model: nn.Module, batches: list[Tensor]) -> Moments:
@@ -129,7 +128,7 @@ class LayerwiseRounding(Technique):
             weight = finite_weight(names[0], layers[0].weight.detach()).float()
             values = self._values(model, names[0], weight.flatten(1), moments, quantizer)
             with torch.no_grad():
-                stored_weight(layers[0]).copy_(values.reshape(weight.shape))
+                stored_tensor(layers[0]).copy_(values.reshape(weight.shape))
         for layer in layers:
             parametrize_weight(layer, clone(quantizer))
 

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.surgery import clone, remembered
+from workbench.surgery import clone, identity, remembered
 from workbench.technique import Technique, setting
 from workbench.techniques.quantization.post_training import Quantization
 from workbench.techniques.quantization.structure import tied_layers
@@ -117,7 +117,7 @@ class MixedPrecision(Technique):
             raise ValueError(f"MixedPrecision found no linear or convolution layer in {type(model).__name__}.")
         sizes = [model.get_submodule(names[0]).weight.numel() for names in groups]
         compute = lambda: (self._sensitivities(model, groups, data), data)  # holding the data keeps its id its own
-        errors, _ = remembered(model, ("sensitivities", self.sensitivity, id(data)), compute)
+        errors, _ = remembered(model, ("sensitivities", self.sensitivity, identity(data)), compute)
         return list(zip(groups, allocate_bits(errors, sizes, self.average_bits), strict=True))
 
     def _sensitivities(self, model: nn.Module, groups: list[list[str]], data: Any) -> list[list[float]]:
@@ -145,6 +145,8 @@ def _measure(model: nn.Module, images: Tensor, labels: Tensor | None, sensitivit
         raise ValueError("MixedPrecision needs labels to measure the loss: pass data, or set sensitivity='outputs'.")
     with torch.no_grad():
         exact = model(images).float()
+    if not exact.isfinite().all():
+        raise ValueError("MixedPrecision: the model answers NaN or infinity; look for such values in the images.")
 
     def distance(small: nn.Module) -> float:
         with torch.no_grad():

@@ -7,10 +7,11 @@ Settings: `weight_bits`, bits of a stored weight. `activation_bits` 8 also round
 integer kernels need; 32 leaves it in fp32. `granularity` "channel" gives every output channel its own scale,
 "tensor" one to the layer, "group" one to every `group_size` weights of a channel. `scheme` "symmetric" puts the zero
 point at 0; "asymmetric" uses the range from the smallest to the largest. `calibration` chooses that range: the extremes
-(min-max), all but the outermost 0.1 % (percentile), the range with the least squared error (mse), or for inputs the one
-that loses least information (kl; weights take mse then); activations are observed on 512 training images. `fold`
-multiplies BatchNorm into the layer before it. `equalize` also moves factors between a layer and the next, until their
-channels use the range alike. `bias_correction` takes the mean error of each channel out of its bias.
+(min-max), all but one value in a thousand at each end (percentile; where there are fewer, all), the range with the
+least squared error (mse), or for inputs the one that loses least information (kl; weights take mse then); activations
+are observed on 512 training images. `fold` multiplies BatchNorm into the layer before it; one behind a linear layer
+must read vectors (B, features). `equalize` also moves factors between a layer and the next, until their channels use
+the range alike. `bias_correction` takes the mean error of each channel out of its bias.
 
 When it helps: 8 bits cost almost no accuracy, make the file four times smaller and, with activations in 8 bits too,
 run on integer kernels several times faster. With one scale a tensor, equalization and bias correction bring back
@@ -33,7 +34,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from workbench.surgery import clone, layers_to_compress, remembered, weighted_layers
+from workbench.surgery import clone, identity, layers_to_compress, remembered, weighted_layers
 from workbench.technique import Technique, setting
 from workbench.techniques.quantization.bias_correction import correct_bias, mean_inputs
 from workbench.techniques.quantization.calibration import (
@@ -171,8 +172,8 @@ class Quantization(Technique):
             ranges = self._input_ranges(input_samples(clone(model), data))
         else:
             look = lambda: (input_samples(clone(model), _images(model, data)), data)  # held, the data keeps its id
-            samples, _ = remembered(model, ("input samples", id(data)), look)
-            key = ("input ranges", id(data), self.calibration)
+            samples, _ = remembered(model, ("input samples", identity(data)), look)
+            key = ("input ranges", identity(data), self.calibration)
             ranges = remembered(model, key, lambda: self._input_ranges(samples))
         codes = {name: scale_and_zero(*low_high, 0, 255, symmetric=False) for name, low_high in ranges.items()}
         return {name: InputQuantizer(*code) for name, code in codes.items()}
@@ -190,7 +191,7 @@ class Quantization(Technique):
             means = mean_inputs(clone(model), data)
         else:
             look = lambda: (mean_inputs(clone(model), _images(model, data)), data)
-            means, _ = remembered(model, ("mean inputs", id(data)), look)
+            means, _ = remembered(model, ("mean inputs", identity(data)), look)
         for name, seen in means.items():
             correct_bias(small.get_submodule(name), model.get_submodule(name).weight.detach(), seen)
 

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from workbench.surgery import clone, replace_layer, weighted_layers
 from workbench.surgery.channels.tracing import trace
-from workbench.weights import Mask, weight_parametrizations
+from workbench.weights import Mask, stored_tensor, weight_parametrizations
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -52,11 +52,11 @@ class _Order:
         self.layers = dict(self.model.named_modules())
         calls = Counter(node.target for node in self.nodes if node.op == "call_module")
         names = Counter(id(layer) for _, layer in self.model.named_modules(remove_duplicate=False))
-        tensors = Counter(id(stored_weight(layer)) for _, layer in weighted_layers(self.model))
+        tensors = Counter(id(stored_tensor(layer)) for _, layer in weighted_layers(self.model))
         self.alone = {
             name
             for name, count in calls.items()
-            if count == 1 and names[id(self.layers[name])] == 1 and tensors[id(stored_weight(self.layers[name]))] <= 1
+            if count == 1 and names[id(self.layers[name])] == 1 and tensors[id(stored_tensor(self.layers[name]))] <= 1
         }
 
     def layer(self, node: fx.Node) -> nn.Module | None:
@@ -70,13 +70,6 @@ class _Order:
 
 def _plain_class(layer: nn.Module) -> type:
     return type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
-
-
-def stored_weight(layer: nn.Module) -> Tensor | None:
-    """Return the tensor that lies below everything stacked on the layer's weight."""
-    if parametrize.is_parametrized(layer, "weight"):
-        return layer.parametrizations.weight.original
-    return getattr(layer, "weight", None)
 
 
 def only_masked(layer: nn.Module) -> bool:
@@ -93,7 +86,7 @@ def tied_layers(model: nn.Module) -> list[list[str]]:
     """Return the names of the weighted layers in order, those that share one weight together."""
     found: dict[int, list[str]] = {}
     for name, layer in weighted_layers(model):
-        found.setdefault(id(stored_weight(layer)), []).append(name)
+        found.setdefault(id(stored_tensor(layer)), []).append(name)
     return list(found.values())
 
 
@@ -139,7 +132,7 @@ def fold_norm(layer: nn.Module, norm: nn.Module) -> None:
         factor = factor * norm.weight.detach()
     bias = -norm.running_mean if layer.bias is None else layer.bias.detach() - norm.running_mean
     bias = bias * factor + (0 if norm.bias is None else norm.bias.detach())
-    weight = stored_weight(layer)
+    weight = stored_tensor(layer)
     with torch.no_grad():
         weight.mul_(_along(factor, weight.dim(), 0))
     layer.bias = nn.Parameter(bias.to(weight.dtype))
@@ -220,7 +213,7 @@ def _along(factor: Tensor, dims: int, axis: int) -> Tensor:
 
 def scale_outputs(layer: nn.Module, factor: Tensor) -> None:
     """Multiply the layer's output channels by `factor` (channels,), in place: its weight and its bias."""
-    weight = stored_weight(layer)
+    weight = stored_tensor(layer)
     with torch.no_grad():
         weight.mul_(_along(factor, weight.dim(), 0))
         if layer.bias is not None:
@@ -229,14 +222,14 @@ def scale_outputs(layer: nn.Module, factor: Tensor) -> None:
 
 def scale_inputs(layer: nn.Module, factor: Tensor) -> None:
     """Multiply what the layer's weight takes from each input channel by `factor` (channels,), in place."""
-    weight = stored_weight(layer)
+    weight = stored_tensor(layer)
     with torch.no_grad():
         weight.mul_(input_factors(layer, factor))
 
 
 def input_factors(layer: nn.Module, factor: Tensor) -> Tensor:
     """Return one factor for each input channel (channels,) so that it broadcasts against the layer's weight."""
-    weight = stored_weight(layer)
+    weight = stored_tensor(layer)
     if getattr(layer, "groups", 1) > 1:  # depthwise: the outputs of a channel read that channel alone
         return _along(factor.repeat_interleave(len(weight) // len(factor)), weight.dim(), 0)
     return _along(factor.repeat_interleave(weight.shape[1] // len(factor)), weight.dim(), 1)

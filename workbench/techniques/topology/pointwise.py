@@ -47,13 +47,17 @@ def pointwise_fit(weight: Tensor, moment: Tensor | None) -> tuple[Tensor, float]
     kernel = weight.double()
     if moment is None:
         middle = kernel[:, :, places // 2]
-        return middle.float(), 1 - float(middle.square().sum() / kernel.square().sum().clamp_min(1e-30))
+        return middle.float(), _lost(middle.square().sum(), kernel.square().sum())
     seen = moment.view(inputs * places, inputs, places)[:, :, places // 2]
     root = moment_root(seen.view(inputs, places, inputs)[:, places // 2])
     target = kernel.flatten(1) @ seen
     fit = torch.cholesky_solve(target.T, root).T
-    whole = ((kernel.flatten(1) @ moment) * kernel.flatten(1)).sum().clamp_min(1e-30)
-    return fit.float(), 1 - float((fit * target).sum() / whole)
+    return fit.float(), _lost((fit * target).sum(), ((kernel.flatten(1) @ moment) * kernel.flatten(1)).sum())
+
+
+def _lost(kept: Tensor, whole: Tensor) -> float:
+    """Return the part of `whole` that is not kept; of nothing, nothing is lost."""
+    return 1 - float(kept / whole) if whole > 1e-30 else 0.0
 
 
 def squeeze_factors(weight: Tensor, moment: Tensor | None) -> Factors:
