@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_cli import refused
+from test_cli import refused, stopped
 
 from workbench.cli import main
 from workbench.cli.main import parser
@@ -12,6 +12,7 @@ from workbench.cli.progress import Doing
 from workbench.export import export_onnx
 from workbench.reports import SECTIONS
 from workbench.subjects import opened
+from workbench.techniques import LowRank
 
 MODULE = """
 from torch import nn
@@ -75,6 +76,14 @@ def test_a_technique_is_named_with_or_without_an_equals_sign(here, words, capsys
         == 0
     )
     assert json.loads((here / "a.json").read_text())["name"] == "build, low rank (rank 0.25)"
+
+
+def test_a_profile_says_that_the_training_before_it_was_stopped(here, capsys, monkeypatch):
+    monkeypatch.setattr(LowRank, "compress", stopped)
+    argv = ["profile", "my_nets:build", "--input", "1,3,8,8", "--technique", "low-rank", *QUICK, "--json", "a.json"]
+    assert main(argv) == 0
+    assert "Stopped early" in capsys.readouterr().out
+    assert json.loads((here / "a.json").read_text())["name"] == "build, low rank, its training stopped early"
 
 
 def test_a_file_is_written_though_nobody_reads_what_is_printed(here, monkeypatch):
