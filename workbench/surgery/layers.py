@@ -43,8 +43,10 @@ def layers_to_compress(model: nn.Module) -> list[tuple[str, nn.Module]]:
     layers = weighted_layers(model)
     if not layers:
         kind = type(model).__name__
-        known = "Linear, Conv1d, Conv2d or Conv3d"
-        raise ValueError(f"There is no linear or convolution layer ({known}) in {kind}: there is nothing to compress.")
+        raise ValueError(
+            f"There is no linear or convolution layer in {kind} (Linear and Conv1d to Conv3d are known): there is nothing "
+            "to compress."
+        )
     return layers
 
 
