@@ -44,8 +44,8 @@ def layers_to_compress(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if not layers:
         kind = type(model).__name__
         raise ValueError(
-            f"There is no linear or convolution layer in {kind} (Linear and Conv1d to Conv3d are known): there is nothing "
-            "to compress."
+            f"There is no linear or convolution layer in {kind} (Linear and Conv1d to Conv3d are known): there is "
+            "nothing to compress."
         )
     return layers
 
