@@ -113,7 +113,7 @@ def trained(run: Run, data: wb.Data, teacher: nn.Module | None) -> nn.Module:
     with tqdm(desc=run.name, unit="step") as bar:
         for step in steps:
             bar.total, bar.n = step.steps, step.step
-            bar.set_postfix_str(f"{step.accuracy}" if step.accuracy else bar.postfix)
+            bar.set_postfix_str(f"{step.accuracy}" if step.accuracy and step.accuracy.total else bar.postfix)
     save_weights(model, done, asdict(run))
     return model
 

@@ -1,6 +1,7 @@
 """The panel without a browser: controls are moved, the worker is awaited, and what the page would show is read."""
 
 import gc
+import itertools
 import re
 import threading
 import time
@@ -482,6 +483,28 @@ def test_a_late_page_does_not_take_back_what_was_drawn_since():
         figure.data[0].visible = True
         figure.layout.xaxis.range = [0, 9]
     numbers = {"trace_edit_id": figure._last_trace_edit_id, "layout_edit_id": figure._last_layout_edit_id}
-    figure._js2py_traceDeltas = {"trace_deltas": [{"uid": figure.data[0].uid, "visible": False}], **numbers}
-    figure._js2py_layoutDelta = {"layout_delta": {"xaxis": {"range": [0, 1]}}, **numbers}
+    figure.set_state(
+        {"_js2py_traceDeltas": {"trace_deltas": [{"uid": figure.data[0].uid, "visible": False}], **numbers}}
+    )
+    figure.set_state({"_js2py_layoutDelta": {"layout_delta": {"xaxis": {"range": [0, 1]}}, **numbers}})
     assert figure.data[0].visible is True and figure.layout.xaxis.range == (0, 9)
+
+
+def test_what_is_drawn_while_a_page_reports_is_sent():
+    """A page reports after each message, and Python takes that in on one thread while it draws on another."""
+    figure = Figure(go.Figure([go.Scatter(x=[1], y=[1]) for _ in range(8)]))
+    sent, over = [], threading.Event()
+    figure.observe(lambda change: change["new"] and sent.append(change["new"]), "_py2js_update")
+
+    def report():
+        for number in itertools.takewhile(lambda _: not over.is_set(), itertools.count()):
+            deltas = [{"uid": trace.uid, "visible": True} for trace in figure.data]
+            figure.set_state({"_js2py_traceDeltas": {"trace_deltas": deltas, "trace_edit_id": number}})
+
+    page = threading.Thread(target=report)
+    page.start()
+    for _ in range(300):
+        figure.send_again()
+    over.set()
+    page.join()
+    assert len(sent) == 300

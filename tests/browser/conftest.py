@@ -46,28 +46,10 @@ class Visit:
     """What a page asked for and complained about while it was open."""
 
     def __init__(self, page):
-        self.requests, self.errors, self.late = [], [], False
+        self.requests, self.errors = [], []
         page.on("request", lambda request: self.requests.append(request.url))
-        page.on("pageerror", lambda error: self._complain(str(error)))
-        page.on("console", self._hear)
-
-    def _hear(self, message):
-        """Keep errors, and note whether the kernel was late.
-
-        ipywidgets gives it four seconds to tell all widgets at once, then asks for one after another, in which some are
-        asked for before they are there: "widget model not found". A busy machine is that late; a reader loads it again.
-        """
-        self.late |= "Control comm did not respond in time" in message.text
-        if message.type == "error":
-            self._complain(message.text)
-
-    def _complain(self, text):
-        """Keep a complaint, but for a timer of anywidget's that runs out after two seconds on a busy machine.
-
-        The widget comes up all the same; that its figure is drawn is looked at.
-        """
-        if "[anywidget] Failed to initialize model" not in text:
-            self.errors.append(text)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
 
     @property
     def strangers(self):

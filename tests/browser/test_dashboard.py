@@ -7,6 +7,15 @@ from conftest import ROOT, serving
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 READY = "body[data-ready]"
+ALL_DRAWN = """[...document.querySelectorAll('.wb-panel')].every(panel => {
+  const state = panel.querySelector('.wb-state'), plot = panel.querySelector('.js-plotly-plot');
+  if (!state || !plot) return true;
+  const now = plot.data.filter(trace => trace.name === 'now');
+  return state.dataset.state === 'done' && now.every(trace => trace.visible !== false && trace.x.length > 0);
+})"""  # every panel has measured, and its figure shows all of what it measured
+CUT_FORMULAS = """[...document.querySelectorAll('mjx-container')]
+  .filter(formula => formula.scrollWidth > formula.clientWidth + 1 && getComputedStyle(formula).display !== 'inline')
+  .map(formula => formula.innerText)"""
 
 
 def cell(kind, source):
@@ -151,10 +160,6 @@ def test_shipped_notebook_is_a_clean_page(dashboards, page, screenshots, path):
     page.set_default_timeout(120_000)
     page.goto(f"{dashboards}voila/render/{path.name}")
     page.wait_for_selector(READY)
-    if page.visit.late:
-        page.visit.errors.clear()
-        page.reload()
-        page.wait_for_selector(READY)
     assert page.locator(".wb-error").count() == 0, page.locator(".wb-error").all_inner_texts()
     assert "import workbench" not in page.locator("main").inner_text()
     drawn = ".js-plotly-plot .trace path, .js-plotly-plot .points path"
@@ -162,9 +167,11 @@ def test_shipped_notebook_is_a_clean_page(dashboards, page, screenshots, path):
         "([panel, marks]) => !document.querySelector(panel) || document.querySelectorAll(marks).length > 5",
         arg=[".wb-panel", drawn],
     )
+    page.wait_for_function(ALL_DRAWN)
     assert page.visit.strangers == [] and page.visit.errors == []
     for width in (1280, 800):
         page.set_viewport_size({"width": width, "height": 900})
         page.wait_for_timeout(400)
+        assert page.evaluate(CUT_FORMULAS) == [], f"formulas are cut off at {width}"
         page.screenshot(path=screenshots / f"{path.stem}-{width}.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"it scrolls sideways at {width}"

@@ -126,6 +126,26 @@ def test_keyboard_moves_the_slider_and_the_tiles(opened, screenshots):
     assert_no_complaints(opened)
 
 
+SLOW_TO_READ = """
+  const make = URL.createObjectURL.bind(URL);
+  URL.createObjectURL = (blob) => {
+    if (blob.size > 1e6) for (const end = Date.now() + 4000; Date.now() < end; );
+    return make(blob);
+  };
+"""
+
+
+@pytest.mark.parametrize("place", ["voila", "lab"])
+def test_a_machine_that_reads_plotly_slowly_draws_all_the_same(place, request, page, folder):
+    page.add_init_script(SLOW_TO_READ)
+    open_in(place, request.getfixturevalue(place), page, folder)
+    pages.wait_for_state(page, "done")
+    page.wait_for_function("document.querySelectorAll('.js-plotly-plot .boxes path.box').length === 2")
+    slider(page).focus()
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("document.querySelector('.js-plotly-plot').data.find(t => t.name === 'tried').x.length > 0")
+
+
 def test_drag_of_fifty_events_ends_at_the_last_value(opened):
     before = pages.measurements(opened)
     box = slider(opened).bounding_box()

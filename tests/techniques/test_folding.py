@@ -85,6 +85,17 @@ def test_no_pair_across_what_does_not_commute(between):
     assert scale_pairs(nn.Sequential(nn.Linear(4, 6), between, nn.Linear(6, 3))) == []
 
 
+@pytest.mark.parametrize(
+    "technique", [wb.Quantization(activation_bits=32, fold=True), wb.AWQ(weight_bits=8)], ids=["fold", "AWQ"]
+)
+def test_a_norm_over_tokens_is_not_taken_for_one_over_features(technique):
+    x = torch.randn(16, 6, 6, generator=torch.Generator().manual_seed(2))
+    model = awake(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, CLASSES)))
+    error = (technique.compress(model, x)(x) - model(x)).abs().max() / model(x).abs().max()
+    assert error < 0.05
+    assert norm_pairs(model) == [] and scale_pairs(model) == []
+
+
 class Shared(nn.Module):
     """The first layer is read twice, and the last one is called twice."""
 

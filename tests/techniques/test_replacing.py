@@ -52,6 +52,24 @@ def test_a_layer_whose_weight_is_read_by_other_code_stays():
     assert torch.isfinite(wb.LowRank(rank=0.1).compress(model)(torch.randn(2, 3, 8, 8))).all()
 
 
+class ReadsDeeper(nn.Module):
+    """A layer that reads the weight of a part of its part."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential()
+        self.inner.read = nn.Linear(40, 40)
+
+    def forward(self, x):
+        return F.linear(x, self.inner.read.weight)
+
+
+def test_a_layer_whose_weight_is_read_from_further_up_stays():
+    model = net(ReadsDeeper())
+    assert names(model) == ["0", "3", "5"]
+    assert torch.isfinite(wb.LowRank(rank=0.1).compress(model)(torch.randn(2, 3, 8, 8))).all()
+
+
 def test_attention_and_transformer_layers_still_run():
     model = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True).eval()
     assert names(model) == []

@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
+from pathlib import Path
 
+import ipywidgets
 import plotly.graph_objects as go
-from traitlets import observe
+import traitlets
 
 from workbench import plots
 from workbench.panel.measure import OTHER, Point, Timing
 
 
+class Library(ipywidgets.Widget):
+    """Plotly's code for a page, 5 MB, which all figures share."""
+
+    code = traitlets.Unicode().tag(sync=True)
+
+
+@cache
+def _library() -> Library:
+    return Library(code=str(go.FigureWidget._esm))
+
+
 class Figure(go.FigureWidget):
     """A figure that tells a page which opens later what it shows now; plotly's own tells what it showed at first.
 
-    It also takes no defaults back from a page, with which plotly's own replaces what Python had set: a page that is
-    late may report how it drew the message before, and a trace that was made visible since would be hidden again.
+    It stands on the page before plotly is there, which a busy machine reads for seconds: see `figure.js`.
+
+    It also takes nothing back from a page. A late page reports how it drew the message before, and would undo what was
+    set since; and while traitlets takes a report in, what another thread draws on the same widget is never sent.
     """
+
+    _esm = Path(__file__).with_name("figure.js").read_text(encoding="utf-8")
+    library = traitlets.Instance(Library).tag(sync=True, **ipywidgets.widget_serialization)
 
     axes: tuple[str, ...] = ("xaxis", "yaxis", "xaxis4", "xaxis5", "yaxis5")  # whose ranges move
     marks: tuple[str, ...] = ("x", "y", "text", "visible", "error_y.array", "error_y.arrayminus")
+
+    @traitlets.default("library")
+    def _share_library(self) -> Library:
+        return _library()
 
     def get_state(self, key=None, drop_defaults=False):
         if key is None and "_layout_obj" in self.__dict__:
@@ -27,13 +50,8 @@ class Figure(go.FigureWidget):
             self._trait_values["_widget_layout"] = copy.deepcopy(self._layout_obj._props)
         return super().get_state(key, drop_defaults)
 
-    @observe("_js2py_traceDeltas")
-    def _handler_js2py_traceDeltas(self, _change):
-        self._js2py_traceDeltas = None
-
-    @observe("_js2py_layoutDelta")
-    def _handler_js2py_layoutDelta(self, _change):
-        self._js2py_layoutDelta = None
+    def set_state(self, sync_data):
+        """Leave what a page reports; sliders and buttons are widgets of their own."""
 
     def send_again(self) -> None:
         """Send every mark and range once more: what was drawn while a page opened, before it listened, is lost."""

@@ -600,7 +600,7 @@ def _loss(point: Point, baseline: Point, fits: Callable[[float], bool], wanted: 
     if not (point.exact and baseline.exact):
         return None, "accuracy is being counted"
     lost = -difference(point.hits, baseline.hits).points
-    return fits(lost), f"accuracy {abs(lost):.1f} points {'lower' if lost > 0 else 'higher'}, wanted {wanted}"
+    return fits(lost), f"accuracy {abs(lost):.2f} points {'lower' if lost > 0 else 'higher'}, wanted {wanted}"
 
 
 def _ratio(panel: Panel, point: Point):

@@ -6,7 +6,7 @@ function tell(model, el, tries) {
     model.save_changes();
   };
   if (el.closest(".wb-panel")?.querySelector(".js-plotly-plot .main-svg")) {
-    for (const wait of [0, 1000, 4000]) setTimeout(say, wait);
+    for (const wait of [0, 1000, 5000]) setTimeout(say, wait);
   } else if (tries > 0) setTimeout(() => tell(model, el, tries - 1), 100);
 }
 

@@ -293,7 +293,7 @@ def latency_vs_batch(latency_ms: Mapping[str, Mapping[int, float]], title: str =
         figure.add_trace(go.Scatter(x=batches, y=rate, hovertemplate="batch %{x}: %{y:,.0f} images/s", **look), 1, 2)
     ticks = sorted({b for by_batch in latency_ms.values() for b in by_batch})
     figure.update_xaxes(title="batch size", type="log", tickvals=ticks, ticktext=[str(t) for t in ticks])
-    figure.update_yaxes(type="log", col=1).update_yaxes(rangemode="tozero", col=2)
+    figure.update_yaxes(**_log_ticks(figure, "y"), col=1).update_yaxes(rangemode="tozero", col=2)
     words = "; ".join(f"{n}: {_best_rate(by)}" for n, by in latency_ms.items())
     return _calm(
         figure,
@@ -303,6 +303,17 @@ def latency_vs_batch(latency_ms: Mapping[str, Mapping[int, float]], title: str =
         margin={"l": 56, "r": 16, "t": 70, "b": 90},
         legend={"orientation": "h", "y": -0.28, "x": 0},
     )
+
+
+def _log_ticks(figure: go.Figure, axis: str) -> dict:
+    """Return a logarithmic axis for what the left plot's traces show, its ticks 1, 2, 5, 10 … written out."""
+    left = [trace for trace in figure.data if trace.xaxis in (None, "x")]
+    shown = [value for trace in left for value in trace[axis] if value is not None and value > 0]
+    low, high = min(shown, default=1.0), max(shown, default=1.0)
+    steps = (1, 2, 5) if high < 100 * low else (1,)
+    ticks = [step * 10.0**power for power in range(-5, 7) for step in steps]
+    span = [math.log10(low) - 0.12, math.log10(high) + 0.12]
+    return {"type": "log", "range": span, "tickvals": ticks, "ticktext": [f"{tick:,.6g}" for tick in ticks]}
 
 
 def _best_rate(by_batch: Mapping[int, float]) -> str:
@@ -400,7 +411,7 @@ def _short(names: Sequence[str], longest: int = 18) -> list[str]:
 
 def _place_columns(figure: go.Figure, letters: int, trains: bool) -> None:
     """Leave as much room before the layer bars as their names of so many letters need on a narrow page."""
-    end, gap = 0.45, min(0.03 + 0.0085 * letters, 0.22)
+    end, gap = 0.45, min(0.045 + 0.0085 * letters, 0.22)
     width = (1 - end - gap - 0.03) / 2
     places = {1: (0, end), 2: (end + gap, end + gap + width), 3: (1 - width, 1), 4: (0, end), 5: (0, 1)}
     for number, place in places.items():
@@ -434,8 +445,8 @@ def accuracy_range(percents: Sequence[float], low: float = 80.0) -> list[float]:
 def _panel_look(figure: go.Figure, layers: Sequence[str], trains: bool) -> go.Figure:
     figure.update_yaxes(autorange="reversed", row=1, col=2, ticklabelstandoff=4)
     figure.update_yaxes(autorange="reversed", matches="y2", showticklabels=False, row=1, col=3)
-    figure.update_xaxes(type="linear", rangemode="tozero", tickformat="~s", nticks=4, row=1, col=2)
-    figure.update_xaxes(type="linear", rangemode="tozero", tickformat="~s", nticks=4, row=1, col=3)
+    figure.update_xaxes(type="linear", rangemode="tozero", tickformat="~s", nticks=3, row=1, col=2)
+    figure.update_xaxes(type="linear", rangemode="tozero", tickformat="~s", nticks=3, row=1, col=3)
     figure.update_xaxes(title="milliseconds", type="linear", range=[0, 1], row=2, col=1)
     figure.update_yaxes(type="category", categoryarray=["baseline", "now"], row=2, col=1)
     figure.update_yaxes(categoryorder="array", range=[1.5, -0.5], row=2, col=1)

@@ -25,6 +25,7 @@ from workbench.plots.compression import (
     SKY,
     VERMILLION,
     _calm,
+    _log_ticks,
     _title,
     count_text,
     go,
@@ -286,11 +287,12 @@ def _roofs(roofline: Roofline) -> list[go.Scatter]:
 
 
 def _name_peaks(figure: go.Figure, roofline: Roofline) -> None:
-    """Write each precision and its peak on its roof: at the right end, or left of a label that is just as high."""
-    x, before = 1.0, math.inf
+    """Write each precision and its peak at the right end of its roof: above it, below it where that place is taken."""
+    before, close = math.inf, 0
     for precision, peak in sorted(roofline.peaks.items(), key=lambda item: -item[1]):
-        x = x - 0.17 if math.log10(before / peak) < 0.25 else 1.0
-        place = {"x": x, "xref": "paper", "xanchor": "right", "y": math.log10(peak), "yanchor": "bottom"}
+        close = close + 1 if math.log10(before / peak) < 0.4 else 0
+        place = {"x": 1.0 - 0.34 * (close // 2), "xref": "paper", "xanchor": "right", "y": math.log10(peak)}
+        place["yanchor"] = "top" if close % 2 else "bottom"
         figure.add_annotation(text=f"{precision} {peak:,.0f} G/s", showarrow=False, **place)
         before = peak
 
@@ -450,17 +452,6 @@ def batch_sweep(
     figure.update_yaxes(**_log_ticks(figure, "y"), col=1).update_yaxes(rangemode="tozero", col=2)
     layout = {"legend": {**BELOW, "y": -0.22}, "margin": {"l": 56, "r": 16, "t": 70, "b": 90}}
     return _calm(figure, _sweep_words(points, knee), 380, **_title(title), **layout)
-
-
-def _log_ticks(figure: go.Figure, axis: str) -> dict:
-    """Return a logarithmic axis for what the left plot's traces show, its ticks 1, 2, 5, 10 … written out."""
-    left = [trace for trace in figure.data if trace.xaxis in (None, "x")]
-    shown = [value for trace in left for value in trace[axis] if value is not None and value > 0]
-    low, high = min(shown, default=1.0), max(shown, default=1.0)
-    steps = (1, 2, 5) if high < 100 * low else (1,)
-    ticks = [step * 10.0**power for power in range(-5, 7) for step in steps]
-    span = [math.log10(low) - 0.12, math.log10(high) + 0.12]
-    return {"type": "log", "range": span, "tickvals": ticks, "ticktext": [f"{tick:,.6g}" for tick in ticks]}
 
 
 def _threads_text(count: int) -> str:

@@ -50,9 +50,10 @@ def _is_held(layer: nn.Module) -> bool:
 
 
 def _is_read(model: nn.Module, name: str) -> bool:
-    """Return whether the code of the parent reads the weight of the layer called `name` instead of calling it."""
-    parent, _, child = name.rpartition(".")
-    return f".{child}.weight" in _code(type(model.get_submodule(parent)))
+    """Return whether code around the layer called `name` reads the weight of a layer of its name."""
+    *above, child = name.split(".")
+    around = (model.get_submodule(".".join(above[:depth])) for depth in range(len(above) + 1))
+    return any(f".{child}.weight" in _code(type(module)) for module in around)
 
 
 @cache

@@ -7,7 +7,8 @@ than its bits cost; whole rows and columns empty themselves, since a lonely weig
 
 Settings: `strength`, the price of a bit. At 1 a bit of weights costs as much as a bit of the training labels, which is
 the balance of minimum description length. `weight_bits`, the width of the symbols before coding: 2 is -1, 0, 1 times
-the layer's learned scale. `epochs` of training, its `learning_rate` in levels for each step, and a `seed`.
+the layer's learned scale. `epochs` of training, its `learning_rate` in levels for each step, and a `seed`. `augment`
+turns and shifts the training images a little; leave it off where they are changed already.
 
 When it helps: the file, more than pruning and rounding one after the other, because it knows what each weight costs.
 Zeros, signs, and empty rows and columns all become cheap for the coder that writes the file.

@@ -3,15 +3,15 @@
 Idea: a trained weight does not need 24 bits of precision. Map its range onto 2^bits integers with a scale and a
 zero point; store the integers, and where the runtime has integer kernels, compute with them too.
 
-Settings: `weight_bits`, bits of a stored weight. `activation_bits` 8 also rounds the input of each layer, which
-integer kernels need; 32 leaves it in fp32. `granularity` "channel" gives every output channel its own scale,
-"tensor" one to the layer, "group" one to every `group_size` weights of a channel. `scheme` "symmetric" puts the zero
-point at 0; "asymmetric" uses the range from the smallest to the largest. `calibration` chooses that range: the extremes
-(min-max), all but one value in a thousand at each end (percentile; where there are fewer, all), the range with the
-least squared error (mse), or for inputs the one that loses least information (kl; weights take mse then); activations
-are observed on 512 training images. `fold` multiplies BatchNorm into the layer before it; one behind a linear layer
-must read vectors (B, features). `equalize` also moves factors between a layer and the next, until their channels use
-the range alike. `bias_correction` takes the mean error of each channel out of its bias.
+Settings: `weight_bits`, bits of a stored weight. `activation_bits` 8 also rounds the input of each layer, which integer
+kernels need; 32 leaves it in fp32. `granularity` "channel" gives every output channel its own scale, "tensor" one to
+the layer, "group" one to every `group_size` weights of a channel. `scheme` "symmetric" puts the zero point at 0;
+"asymmetric" uses the range from the smallest to the largest. `calibration` chooses that range: the extremes (min-max),
+all but one value in a thousand at each end (percentile; where there are fewer, all), the range with the least squared
+error (mse), or for inputs the one that loses least information (kl; weights take mse then); activations are observed on
+512 training images. `fold` multiplies BatchNorm into the layer before it, behind a linear layer only where a flatten
+shows that it reads vectors (B, features). `equalize` also moves factors between a layer and the next, until their
+channels use the range alike. `bias_correction` takes the mean error of each channel out of its bias.
 
 When it helps: 8 bits cost almost no accuracy, make the file four times smaller and, with activations in 8 bits too,
 run on integer kernels several times faster. With one scale a tensor, equalization and bias correction bring back

@@ -102,9 +102,21 @@ def norm_pairs(model: nn.Module) -> list[Pair]:
     for node in order.nodes:
         before = sources(node)
         norm, layer = order.layer(node), before is not None and order.layer(before)
-        if isinstance(norm, NORMS) and isinstance(layer, _WEIGHTED) and _foldable(layer, norm):
+        fits = isinstance(norm, NORMS) and isinstance(layer, _WEIGHTED) and _foldable(layer, norm)
+        if fits and (not isinstance(layer, nn.Linear) or _makes_vectors(order, before)):
             found.append(Pair(before.target, node.target))
     return found
+
+
+def _makes_vectors(order: _Order, node: fx.Node) -> bool:
+    """Return whether a flatten before the linear layer at `node` shows that its outputs are (B, features).
+
+    BatchNorm1d normalizes dimension 1, which in (B, tokens, features) is not what the linear layer makes.
+    """
+    kept = (nn.Linear, nn.BatchNorm1d, *_ELEMENTWISE)
+    while order.kind(node) in kept and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return _is_flatten(order.kind(node), node, order)
 
 
 def _foldable(layer: nn.Module, norm: nn.Module) -> bool:
@@ -178,7 +190,7 @@ def _has_channels_first(order: _Order, node: fx.Node) -> bool | None:
         return False
     before = sources(node)
     linear = before is not None and isinstance(order.layer(before), nn.Linear) and layer.affine
-    return False if linear else None
+    return False if linear and _makes_vectors(order, before) else None
 
 
 def _commutes(kind, node: fx.Node, order: _Order, spatial: bool) -> bool:

@@ -1,5 +1,12 @@
 // The page's own words while the kernel works: what it is doing, how far it is, and whether it is still there.
 (() => {
+  // Two waits of the widgets' own scripts are short: two seconds for a widget's code, four for the state of all widgets.
+  // A busy machine takes longer, and what they have given up stays broken. While the page opens they get a minute.
+  const MINUTE = 60_000, opening = () => !document.body?.dataset.ready;
+  const abortAfter = AbortSignal.timeout.bind(AbortSignal), callAfter = window.setTimeout.bind(window);
+  AbortSignal.timeout = (ms) => abortAfter(ms === 2000 && opening() ? MINUTE : ms);
+  window.setTimeout = (call, ms, ...rest) => callAfter(call, ms === 4000 && opening() ? MINUTE : ms, ...rest);
+
   const status = document.getElementById("wb-status");
   const text = document.getElementById("wb-status-text");
   const progress = document.getElementById("wb-progress");
