@@ -25,7 +25,7 @@ help:
 	@echo "make train       train the shipped models again"
 	@echo "make records     measure the sweeps that the notebooks quote, where they are out of date"
 	@echo "make results     train what panels show at once, where it is missing (an hour or two)"
-	@echo "make headlines   compress the LeNets as far as they go, where the files are missing (a quarter of an hour)"
+	@echo "make headlines   compress the LeNets as far as they go, where the files are missing (twenty minutes)"
 	@echo "make clean       delete .venv and what tools leave behind; unfinished trainings in runs/ stay"
 
 dashboard: $(VENV)/.installed
