@@ -331,17 +331,19 @@ def test_a_profile_is_plain_json_a_table_and_sentences(quantized_profile):
 
 
 def test_zeros_do_not_make_dense_kernels_quicker_and_the_profile_says_so():
-    """On one of several networks: where the weights of one happen to lie in memory can make a few per cent."""
+    """Without max pooling, which is quicker on the even planes that filters of zeros leave: its branches are foreseen."""
 
     def said(width):
-        model = vgg(width)
+        torch.manual_seed(0)
+        convolutions = [nn.Conv2d(1, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3, stride=2), nn.ReLU()]
+        model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)).eval()
         sparse = clone(model)
         for _, layer in weighted_layers(sparse):
             parametrize_weight(layer, Mask(torch.rand(layer.weight.shape) > 0.9))
         found = profile(sparse, images(), baseline=model, runtimes=["eager"], throughput_batch=2)
         return "dense kernels multiply them all the same" in " ".join(found.sentences())
 
-    assert any(said(width) for width in (16, 24, 32, 48, 64))
+    assert any(said(width) for width in (64, 96, 128))
 
 
 def told(*runs, **measures):
