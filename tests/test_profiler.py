@@ -331,7 +331,7 @@ def test_a_profile_is_plain_json_a_table_and_sentences(quantized_profile):
 
 
 def test_zeros_do_not_make_dense_kernels_quicker_and_the_profile_says_so():
-    """Without max pooling, which is quicker on the even planes that filters of zeros leave: its branches are foreseen."""
+    """Without max pooling, whose branches are foreseen on the even planes that filters of zeros leave."""
 
     def said(width):
         torch.manual_seed(0)
