@@ -397,6 +397,14 @@ def test_a_faster_model_is_said_to_be_faster_and_why():
     assert often(lambda: "compute in int8" in judged(quantized(vgg(32)), vgg(32)).evidence)
 
 
+def test_zeros_that_no_kernel_skips_are_not_said_to_make_it_faster():
+    model, took = vgg(), lambda ms: Latency(((ms,),) * 40, "eager", "fp32", 1, 1, 1)
+    sparse = replace(taken(model, took(1.0)), zeros=0.9)
+    found = whole_verdict(sparse, taken(model, took(1.2)))
+    assert found.kind == "faster" and "no kernel skips its zeros" in found.evidence
+    assert "zeros" not in whole_verdict(taken(model, took(1.0)), taken(model, took(1.2))).evidence
+
+
 def rounded(bits, kernels, inputs=True):
     """Judge a model whose layers are rounded to so many bits and run such kernels, beside the one it was made from."""
     model = vgg()

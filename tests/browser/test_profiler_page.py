@@ -7,6 +7,16 @@ from conftest import serving
 ADDRESS = r"(http://127\.0\.0\.1:\d+/\S*)"
 
 
+OTHER_INK = """(() => {
+  const own = "rgb(1, 2, 3)";
+  document.querySelector(".wb-panel").style.setProperty("--wb-ink", own);
+  const drawn = (kind) => [...document.querySelectorAll(`.main-svg ${kind}`)];
+  const texts = drawn("text").filter((e) => getComputedStyle(e).fill !== own);
+  const lines = drawn("path").filter((e) => getComputedStyle(e).stroke === "rgb(59, 59, 59)");
+  return [...texts.map((e) => e.textContent), ...lines.map((e) => e.getAttribute("class"))];
+})()"""  # what is drawn in an ink that does not follow the theme's
+
+
 @pytest.fixture(scope="module")
 def voila(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profilers")
@@ -39,6 +49,7 @@ def test_layers_move_under_the_roofs_and_the_table_sorts(voila, page, screenshot
     page.keyboard.press("ArrowLeft")
     page.wait_for_function("document.querySelector('.wb-words').innerText.includes('rank 0.45')")
     pages.wait_for_state(page, "done", timeout=120_000)
+    page.locator(".wb-table summary", has_text="Table").click()
     ms = column(page, "ms")
     assert ms == sorted(ms, reverse=True)  # the order that was asked for outlives a new table
     assert page.locator(".wb-verdicts li").count() > 1 and page.locator(".wb-words .wb-kind").count() == 1
@@ -51,4 +62,7 @@ def test_layers_move_under_the_roofs_and_the_table_sorts(voila, page, screenshot
             "[...document.querySelectorAll('.wb-tile')].filter(e => e.scrollWidth > e.clientWidth).length"
         )
         assert cut == 0, "text in a tile is cut off"
+        tables = "[...document.querySelectorAll('.wb-tables')].map(e => e.scrollWidth - e.clientWidth)"
+        assert max(page.evaluate(tables)) <= 0, "a table has to be scrolled"
+    assert page.evaluate(OTHER_INK) == [], "a dark theme would not reach these"
     assert page.visit.strangers == [] and page.visit.errors == []
