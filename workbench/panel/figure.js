@@ -17,7 +17,10 @@ export default () => {
   return {
     initialize({ model }) {
       const id = model.get("library").slice("IPY_MODEL_".length);
-      page.loading ??= load(model.widget_manager, id);
+      page.loading ??= load(model.widget_manager, id).catch((error) => {
+        page.loading = undefined; // the next figure tries again
+        throw error;
+      });
       figure = page.loading.then((make) => {
         const made = make();
         made.initialize({ model });
