@@ -56,6 +56,7 @@ def wait_for_state(page, wanted, timeout=60_000):
     )
 
 
-def marks(page):
-    """Return how many points, bars and boxes plotly has drawn."""
-    return page.locator(".js-plotly-plot .trace path, .js-plotly-plot .points path").count()
+def wait_for_marks(page, fewest=20):
+    """Wait until plotly, which may be read after all else, has drawn more than so many points, bars and boxes."""
+    drawn = ".js-plotly-plot .trace path, .js-plotly-plot .points path"
+    page.wait_for_function("([marks, n]) => document.querySelectorAll(marks).length > n", arg=[drawn, fewest])

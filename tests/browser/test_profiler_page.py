@@ -38,7 +38,7 @@ def test_layers_move_under_the_roofs_and_the_table_sorts(voila, page, screenshot
     page.goto(f"{voila}voila/render/profiler.ipynb")
     page.wait_for_selector(".wb-tile")
     pages.wait_for_state(page, "done", timeout=120_000)
-    assert pages.marks(page) > 20
+    pages.wait_for_marks(page)
     page.wait_for_function("document.querySelectorAll('.js-plotly-plot .scatterlayer path.js-line').length >= 10")
     assert any("fp32" in text for text in page.locator(".js-plotly-plot .annotation text").all_text_contents())
     page.locator(".wb-table summary", has_text="Layers").click()
