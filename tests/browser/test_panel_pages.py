@@ -168,6 +168,7 @@ def test_drag_of_fifty_events_ends_at_the_last_value(opened):
 @pytest.mark.parametrize("place", ["voila", "lab"])
 def test_stop_answers_within_three_tenths_of_a_second(request, page, folder, place):
     open_in(place, request.getfixturevalue(place), page, folder, "long")
+    page.wait_for_selector(".js-plotly-plot .main-svg")  # while the page reads plotly it answers to nothing
     pages.wait_for_state(page, "measuring")
     took = page.evaluate(
         """() => new Promise((resolve) => {
