@@ -24,6 +24,7 @@ from workbench.profiler import (
     Roofline,
     Taken,
     Verdict,
+    compare,
     integer_map,
     latencies,
     layer_costs,
@@ -174,6 +175,50 @@ def test_integer_kernels_take_a_quarter_of_the_bytes():
     assert weights(plain, "4") > 3 * weights(small, "4")
 
 
+class Attention(nn.Module):
+    """Two blocks of a transformer, for images: runtimes put operations of their own into such a model."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True) for _ in range(2)))
+        self.last = nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.last(self.blocks(x.flatten(1).unflatten(1, (-1, 32))).mean(1))
+
+
+@pytest.mark.parametrize("name", ["eager", "openvino", "onnxruntime"])
+def test_a_transformer_shows_its_layers(name):
+    require(name)
+    torch.manual_seed(0)
+    model, example = Attention().eval(), torch.rand(2, 1, 16, 16)
+    assert runtime(name).prepare(model, example).difference < 1e-4
+    found = {layer.name: layer for layer in layer_times(model, example, name, calls=20).layers}
+    inside = {"blocks.0", "blocks.1"} if name == "eager" else {"blocks.0.linear1", "blocks.1.linear2"}
+    assert inside | {"last"} <= found.keys()  # torch runs a whole block as one operation
+    assert found["last"].macs == 2 * 32 * 8 and all(layer.ms >= 0 for layer in found.values())
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Functional(nn.Module):
+    """Nearly all work is done by calls that are no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(64, 8)
+
+    def forward(self, x):
+        for _ in range(20):
+            x = torch.sin(x) @ x.transpose(1, 2)
+        return self.last(x)
+
+
+def test_work_outside_of_layers_is_not_blamed_on_a_layer():
+    found, example = [], torch.rand(4, 64, 64) / 64
+    assert often(lambda: found.append(by_layer(Functional(), example)[0]) or found[-1].kind == "uncounted work")
+    assert "% of" in found[-1].evidence and "go by in calls that are no layer" in found[-1].evidence
+
+
 def test_attention_is_one_layer_and_containers_are_none():
     model = nn.Sequential(nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2)}), nn.Sequential(nn.Linear(16, 4)))
     assert [name for name, _ in layers_inside(model)] == ["0.attention", "1.0"]
@@ -305,6 +350,24 @@ def test_tiny_layers_are_launch_bound_and_more_images_a_call_help(name):
     whole, each = by_layer(tiny_layers(), example, name)
     assert whole.kind == "launch-bound" and {one.kind for one in each.values()} == {"launch-bound"}
     assert often(lambda: speedup(tiny_layers(), tiny_layers(), name, example, torch.zeros(16, 16)) > 4)
+
+
+def test_pooling_is_no_limit_of_the_machine_and_another_kernel_helps():
+    pool, example = nn.Sequential(nn.MaxPool2d(3, 2, 1)).eval(), torch.rand(1, 64, 56, 56)
+    whole, each = by_layer(pool, example)
+    assert whole.kind == each["0"].kind == "uncounted work" and "is not counted" in each["0"].evidence
+    ready = [runtime(name).prepare(pool, example) for name in ("openvino", "eager")]
+    assert often(lambda: compare(*latencies(ready, calls=40)).value > 2)
+
+
+def test_a_kernel_far_below_the_roofs_is_inefficient_and_another_helps():
+    """torch's kernel for few channels in three dimensions reaches a tenth of the roofs; OpenVINO's is quicker."""
+    torch.manual_seed(0)
+    model, example = nn.Sequential(nn.Conv3d(4, 8, 3, padding=1)).eval(), torch.rand(1, 4, 8, 16, 16)
+    whole, each = by_layer(model, example)
+    assert whole.kind == each["0"].kind == "inefficient kernel" and "another runtime" in whole.advice
+    ready = [runtime(name).prepare(model, example) for name in ("openvino", "eager")]
+    assert often(lambda: compare(*latencies(ready, calls=40)).value > 1.5)
 
 
 @pytest.mark.parametrize("name", ["eager", "openvino"])

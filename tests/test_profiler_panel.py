@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -15,7 +16,7 @@ import workbench as wb
 from workbench import plots
 from workbench.panel import MapPanel, ProfilerPanel, measure, profiler, words
 from workbench.panel.measure import Point, Prediction
-from workbench.profiler import LayerTime, LayerTimes
+from workbench.profiler import LayerTime, LayerTimes, Limits, Ratio
 from workbench.profiler.maps import WinLoseMap
 from workbench.profiler.roofline import Roofline
 from workbench.profiler.verdicts import Verdict
@@ -204,6 +205,20 @@ def test_learning_is_broken_off_at_any_step(model, data):
     steps = [next(running) for _ in range(5)]
     running.close()
     assert steps == [measure.LEARN_REST, None, None, None, None] and not known.learnt
+
+
+def test_the_whole_is_judged_by_what_the_layers_showed(opened, monkeypatch):
+    starting = Limits(ROOFS, {"ReLU": 1000.0}, "eager", 1)
+    monkeypatch.setattr(profiler, "limits", lambda *_: starting)
+    module = sys.modules["workbench.profiler.verdicts"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(module, "compare", lambda *_: Ratio(1.0, (0.9, 1.1)))
+    shown = opened()
+    shown.controls["rank"].value = 0.2
+    assert shown.wait_idle()
+    timing = shown.point.timings[shown.place]
+    assert timing.known is starting and timing.layers == shown.look(shown.point).verdicts
+    assert "launch-bound</b> It multiplies" in shown.words.html and "empty layers takes" in shown.words.html
+    assert "see the verdicts of the profiler" not in shown.words.html
 
 
 def test_a_runtime_that_shows_no_layers_says_so(opened, monkeypatch):

@@ -214,6 +214,13 @@ def test_a_runtime_that_cannot_convert_says_so_and_the_others_go_on():
     assert runtime("eager").prepare(Foreign(), images())(images()).shape == (1, 784)
 
 
+def test_a_failed_export_says_why_in_one_line_and_writes_no_graph(capfd):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed.")
+    with pytest.raises(RuntimeFailed, match=r"onnxruntime cannot run this model: .*adaptive_avg_pool2d"):
+        runtime("onnxruntime").prepare(nn.Sequential(nn.AdaptiveAvgPool2d(5), nn.Flatten()), images())
+    assert capfd.readouterr().out == ""
+
+
 def test_threads_are_put_back_also_after_an_error():
     before = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError), threads(before + 1):

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -95,28 +95,30 @@ def follow(panel: Panel, draw: Callable[[Point], go.Figure]) -> Plot:
     return plot
 
 
-def tradeoff(panel: Panel, series: Mapping[str, Sequence[Record]], title: str = "") -> Plot:
+def tradeoff(
+    panel: Panel, series: Mapping[str, Sequence[Record]], title: str = "", apart: Collection[str] = ()
+) -> Plot:
     """Return the trade-off of recorded sweeps, their Pareto front, and the panel's own points as they are measured.
 
-    `series` maps a name for the legend to its records.
+    `series` maps a name for the legend to its records; the points of those in `apart` are no curve.
     """
     recorded = [_labelled(record, name, records) for name, records in series.items() for record in records]
     title, front, mine = title or "Accuracy over the size of the file", pareto(recorded), {}
-    plot = Plot(_with_legend_below(recorded, [], front, title))
+    draw = lambda yours: _with_legend_below(plots.tradeoff(recorded, yours, front, title, apart))
+    plot = Plot(draw([]))
 
     def add(point: Point) -> None:
         known = {"size_bytes": point.size_bytes, "accuracy": point.accuracy}
         mine[point.title] = SimpleNamespace(technique=point.title, settings={}, **known)
-        plot.draw(_with_legend_below(recorded, list(mine.values()), front, title))
+        plot.draw(draw(list(mine.values())))
 
     _on_point(panel, add, exact=True)
     return plot
 
 
-def _with_legend_below(recorded: list, yours: list, front: list, title: str) -> go.Figure:
-    """Return the trade-off with room for a legend of many names, in two rows on a narrow page."""
+def _with_legend_below(figure: go.Figure) -> go.Figure:
+    """Give the trade-off room for a legend of many names, in two rows on a narrow page."""
     below = {"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0}
-    figure = plots.tradeoff(recorded, yours, front, title)
     return figure.update_layout(legend=below, height=440, margin_b=110).update_xaxes(automargin=False)
 
 

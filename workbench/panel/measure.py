@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from workbench.artifact import ledger
 from workbench.profiler import Latency, LayerCost, layer_costs, measure
 from workbench.profiler.layers import LayerTimes, measure_layers
+from workbench.profiler.limits import Limits
 from workbench.profiler.predict import LatencyModel
 from workbench.profiler.report import Difference, accuracy_difference
 from workbench.profiler.verdicts import Taken, Verdict, whole_verdict
@@ -28,7 +29,10 @@ OTHER = "other"  # norms, biases outside of layers, the file's header
 
 @dataclass
 class Timing:
-    """Latency of one point on one runtime, taken in turns with the baseline there and on the best fp32 runtime."""
+    """Latency of one point on one runtime, taken in turns with the baseline there and on the best fp32 runtime.
+
+    `known` and `layers` are what a profiler found out besides: the limits there, and the verdict on each layer.
+    """
 
     runtime: str
     precision: str  # what the kernels really compute in
@@ -39,6 +43,8 @@ class Timing:
     baseline: Latency | None = None
     best: Latency | None = None
     done: bool = False
+    known: Limits | None = None
+    layers: Sequence[Verdict] = ()
 
 
 @dataclass
@@ -211,7 +217,8 @@ def verdict_of(point: Point, baseline: Point, place: str) -> Verdict | None:
     if timing is None or not timing.done:
         return None
     now = Taken.of(point.model, timing.now, point.costs, timing.kernels)
-    return whole_verdict(now, Taken.of(baseline.model, timing.baseline, baseline.costs, timing.baseline_kernels))
+    before = Taken.of(baseline.model, timing.baseline, baseline.costs, timing.baseline_kernels)
+    return whole_verdict(now, before, timing.known, timing.layers)
 
 
 # --- predicted, then measured --------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from workbench.plots import Shown
 from workbench.profiler import SCENARIOS, ScenarioResult, multi_stream, offline, server, single_stream
 from workbench.profiler.environment import allowed_cores
 from workbench.profiler.layers import LayerTimes, measure_layers
-from workbench.profiler.limits import limits
+from workbench.profiler.limits import Limits, limits
 from workbench.profiler.roofline import Roofline, RooflinePoint, growing_roofline, points
 from workbench.profiler.scenarios import BOUND, FEWEST_FOR_P99, LEAST_BOUND_MS, LOAD
 from workbench.profiler.sweeps import BATCHES
@@ -65,6 +65,7 @@ class Look:
     times: LayerTimes | None = None
     points: list[RooflinePoint] = field(default_factory=list)
     verdicts: list[Verdict] | None = None  # one for each layer of `times`
+    known: Limits | None = None  # what they were judged by
     why_not: str = ""
 
     def told(self, most: int = 4) -> list[Verdict]:
@@ -262,9 +263,12 @@ class ProfilerPanel(Panel):
         if look.verdicts is None and look.times is not None:
             self._progress("measuring", "finding out why …", stale)
             yield
-            known = limits(here.runtime, here.threads)
+            look.known = limits(here.runtime, here.threads)
             yield
-            look.verdicts = layer_verdicts(point.model, self._example_of(here), look.times, known)
+            look.verdicts = layer_verdicts(point.model, self._example_of(here), look.times, look.known)
+        if look.verdicts is not None:
+            timing = point.timings[here.place]
+            timing.known, timing.layers = look.known, look.verdicts
             self._draw()
 
     # --- drawing ---------------------------------------------------------------------------------------------------

@@ -277,10 +277,10 @@ PREDICTED = '<span class="wb-predicted">predicted</span>'
 
 
 def _foreseen(guess: Prediction | None) -> tuple[str, str]:
-    """Say what was predicted and how far off that was, here and as a rule."""
+    """Say what was predicted and how far off that was, here and in the median of all so far."""
     if guess is None or guess.error is None:
         return "none", "&nbsp;"
-    usual = f", mostly {100 * guess.median_error:.0f} %" if guess.median_error is not None else ""
+    usual = f", median {100 * guess.median_error:.0f} %" if guess.median_error is not None else ""
     return "none", f"<small>predicted {milliseconds(guess.ms)}: {100 * guess.error:.0f} % off{usual}</small>"
 
 

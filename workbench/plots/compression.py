@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -173,11 +173,16 @@ def _of_record(record: Any) -> tuple[str, float, Any]:
 
 
 def tradeoff(
-    records: Sequence, yours: Sequence = (), front: Sequence = (), title: str = "Accuracy over file size"
+    records: Sequence,
+    yours: Sequence = (),
+    front: Sequence = (),
+    title: str = "Accuracy over file size",
+    apart: Collection[str] = (),
 ) -> go.Figure:
     """Draw accuracy over bytes: one dotted curve a technique, the Pareto `front`, and `yours` as diamonds.
 
-    Each record has `technique`, `settings`, `size_bytes` and `accuracy`.
+    Each record has `technique`, `settings`, `size_bytes` and `accuracy`. Techniques in `apart` are points without a
+    curve, where no setting leads from one to the next.
     """
     figure = go.Figure()
     names = list(dict.fromkeys(r.technique for r in records))
@@ -185,6 +190,8 @@ def tradeoff(
         mine = sorted((r for r in records if r.technique == name), key=lambda r: r.size_bytes)
         trace = _points_trace(map(_of_record, mine), "recorded", name=name, line=True, size=8)
         color, symbol = SERIES[i % len(SERIES)]
+        if name in apart:
+            trace.mode = "markers"
         figure.add_trace(trace.update(marker_color=color, marker_symbol=symbol, line_color=color))
     if front:
         steps = sorted(map(_of_record, front), key=lambda r: r[1])
@@ -363,7 +370,7 @@ PANEL_TITLES = (
     "bytes per layer",
     "multiply-adds",
     "latency of single calls",
-    "training",
+    "training, drawn while it runs",
 )
 
 
@@ -505,7 +512,8 @@ def matrix(pictures: Mapping[str, Any], title: str = "", digits: int = 1) -> go.
     top = max((np.nanmax(np.abs(a)) for a in arrays.values() if a.size), default=1.0) or 1.0
     figure = make_subplots(1, len(arrays), subplot_titles=list(arrays), horizontal_spacing=0.06)
     for col, values in enumerate(arrays.values(), 1):
-        text = [[f"{v:.{digits}f}".replace("-0." + "0" * digits, "0." + "0" * digits) for v in row] for row in values]
+        shown = 0 if np.array_equal(values, np.round(values)) else digits
+        text = [[_signed(v, shown) for v in row] for row in values]
         heat = go.Heatmap(
             z=values[::-1],
             text=text[::-1],
@@ -524,6 +532,12 @@ def matrix(pictures: Mapping[str, Any], title: str = "", digits: int = 1) -> go.
     return _calm(figure, words + ".", 300, **_title(title), coloraxis=scale, margin=margin)
 
 
+def _signed(value: float, digits: int) -> str:
+    """Return the value with a true minus sign, and none before a zero."""
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "−") if float(text) else text.lstrip("-")
+
+
 def singular_values(weights: Mapping[str, Any], kept: float | None = None, title: str = "Singular values") -> go.Figure:
     """Draw each layer's singular values, relative to its largest, over the fraction of full rank.
 
@@ -537,7 +551,7 @@ def singular_values(weights: Mapping[str, Any], kept: float | None = None, title
         look = {"line": {"color": color, "width": 1.4}, "marker": {"symbol": symbol, "size": 4, "color": color}}
         figure.add_trace(go.Scatter(x=part, y=values, name=name, mode="lines+markers", **look))
     if kept is not None:
-        figure.add_vline(x=kept, line={"color": GREY, "dash": "dash"}, annotation_text=f"kept: {kept:.0%}")
+        figure.add_vline(x=kept, line={"color": GREY, "dash": "dash"}, annotation_text=f"kept: {100 * kept:.0f} %")
     figure.update_xaxes(title="fraction of full rank", range=[0, 1.01]).update_yaxes(
         title="relative to the largest", range=[0, 1.03]
     )
@@ -593,7 +607,7 @@ def mask_picture(mask: Any, title: str = "Kept weights") -> go.Figure:
     figure = go.Figure(heat).update_xaxes(title="inputs of one output channel", showgrid=False, showticklabels=False)
     figure.update_yaxes(title="output channels", showgrid=False, showticklabels=False)
     words = f"{kept.mean():.1%} of {kept.size:,} weights are kept, {1 - kept.mean():.1%} removed."
-    return _calm(figure, words, 320, **_title(f"{title}: {kept.mean():.0%} kept"))
+    return _calm(figure, words, 320, **_title(f"{title}: {100 * kept.mean():.0f} % kept"))
 
 
 def sparsity_by_layer(removed: Mapping[str, float], title: str = "Removed per layer") -> go.Figure:

@@ -87,7 +87,7 @@ def layer_treemap(times: LayerTimes, by: str = "ms", title: str = "") -> go.Figu
         parents=[INSIDE.join(path[:-1]) for path in nodes],
         values=values,
         branchvalues="total",
-        text=[f"{text(value)}, {value / max(whole, 1e-12):.0%}" for value in values],
+        text=[f"{text(value)}, {100 * value / max(whole, 1e-12):.0f} %" for value in values],
         customdata=[node[2] for node in nodes.values()],
         marker={"colors": [node[1] for node in nodes.values()], "line": {"width": 1.5, "color": "white"}},
         texttemplate="<b>%{label}</b><br>%{customdata}<br>%{text}",

@@ -1,7 +1,9 @@
 """Why a model is not faster: one verdict for the whole and one for each layer, from what was measured.
 
 Each names its evidence and one thing to try. The three limits, starting a layer, moving its bytes, doing its
-operations, are those of the roofline (Williams et al., 2009), with the cost of an empty layer beside them.
+operations, are those of the roofline (Williams et al., 2009), with the cost of an empty layer beside them. Where all
+three together explain little of a layer's time, the machine's limits are not to blame, but its kernel, or work that is
+not counted: that is all but the multiply-adds of linear and convolution layers.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ KINDS = (
     "launch-bound",
     "memory-bound",
     "compute-bound",
+    "inefficient kernel",
+    "uncounted work",
     "no kernel",
     "fell back to fp32",
     "unaligned width",
@@ -41,14 +45,18 @@ FEWER = 1.05  # times fewer multiply-adds, from which on one expects to gain tim
 LANES = 16  # numbers in fp32 that AVX-512 computes at once: kernels take channels in such blocks
 LARGE = 0.1  # of the total time: a layer whose width is worth a measurement
 MOSTLY = 0.5  # of the total time: what takes more holds the whole up
+EXPLAINED = 0.25  # of a layer's time: where starting it, its bytes and its operations take less, they are not to blame
 STEP = 1.1  # times more than its share of the multiply-adds must the odd width cost
 CONVERSIONS = ("InputQuantizer", "Reorder", "Convert", "fake_quantize", "QuantizeLinear", "DequantizeLinear")
+NO_LAYER = "calls that are no layer"
 LOOK_INSIDE = "Measured one by one, its layers tell what holds it up: see the verdicts of the profiler."
 ASK_LAYERS = "Ask the verdicts on its layers: they tell what holds each of them up."
 ADVICE = {
     "launch-bound": "Give it more images a call, or merge or drop layers: smaller ones start as slowly.",
     "memory-bound": "Store its weights in fewer bits or factors, or share them among more images a call.",
     "compute-bound": "Take channels away, or use a kernel of lower precision: fewer operations are what counts here.",
+    "inefficient kernel": "Run it on another runtime: this kernel reaches little of what the machine can do.",
+    "uncounted work": "Run it on another runtime, which may fuse it or have a better kernel for it.",
 }
 
 
@@ -288,9 +296,11 @@ def _missing_kernel(layer: LayerTime, body: nn.Module, runtime: str) -> tuple[st
 
 
 def _limit(layer: LayerTime, found: LayerTimes, known: Limits) -> Verdict:
-    """Name the limit that alone would take longest, and how much of the layer's time it explains."""
+    """Name the limit that alone would take longest, unless all of them together explain little of the time."""
     bounds = known.of(layer, sum(one.weight_bytes for one in found.layers))
-    kind = max(bounds, key=bounds.__getitem__)
+    kind, together = max(bounds, key=bounds.__getitem__), sum(bounds.values())
+    if together < EXPLAINED * layer.ms:
+        return _unexplained(layer, together)
     does = {
         "launch-bound": f"starting an empty {layer.kind if layer.kind in known.launch_ms else 'layer'}",
         "memory-bound": f"moving its {size(layer.weight_bytes + layer.activation_bytes)}",
@@ -301,10 +311,19 @@ def _limit(layer: LayerTime, found: LayerTimes, known: Limits) -> Verdict:
     return Verdict(layer.name, kind, evidence, _advice(kind, layer))
 
 
+def _unexplained(layer: LayerTime, together_ms: float) -> Verdict:
+    """Say that the three limits take `together_ms`, a small part of the layer's time."""
+    kind = "inefficient kernel" if layer.macs else "uncounted work"
+    parts = ["starting it", "moving its bytes", *(["doing its multiply-adds"] if layer.macs else [])]
+    rest = "" if layer.macs else "; what else it does is not counted"
+    evidence = f"{layer.name} takes {duration(layer.ms)}; {listed(parts)} takes {duration(together_ms)} here{rest}."
+    return Verdict(layer.name, kind, evidence, _advice(kind, layer))
+
+
 def _advice(kind: str, layer: LayerTime) -> str:
     if "BatchNorm" in layer.kind:
         return "Fold it into the convolution before it, which then computes both."
-    if layer.weight_bytes or kind == "compute-bound":
+    if layer.weight_bytes or kind not in ("launch-bound", "memory-bound"):
         return ADVICE[kind]
     return "Take a runtime that fuses it into the layer before it, or give that layer fewer channels."
 
@@ -376,24 +395,34 @@ def _input_shapes(model: nn.Module, example: Tensor) -> dict[str, tuple[int, ...
 def _of_the_whole(found: LayerTimes, each: list[Verdict], known: Limits) -> Verdict:
     """Name the kind of verdict under which most of the time falls."""
     starts = sum(known.start_ms(layer.kind) for layer in found.layers)
-    taken = Counter({"launch-bound": max(0.0, min(found.outside_ms, starts))})
-    ranked = sorted(zip(found.layers, each, strict=True), key=lambda pair: -pair[0].ms)
-    for layer, verdict in ranked:
-        taken[verdict.kind] += layer.ms
+    between = max(0.0, found.outside_ms)
+    spent = [(layer.name, verdict.kind, layer.ms) for layer, verdict in zip(found.layers, each, strict=True)]
+    spent.append((NO_LAYER, "uncounted work", max(0.0, between - starts)))
+    taken = Counter({"launch-bound": min(between, starts)})
+    for _, of_kind, its_ms in spent:
+        taken[of_kind] += its_ms
     kind, ms = taken.most_common(1)[0]
-    names, total = [layer.name for layer, verdict in ranked if verdict.kind == kind], duration(found.total_ms)
-    where = f"in {listed(names[:3])}{' and others' if len(names) > 3 else ''}" if names else "between its layers"
-    evidence = f"{100 * min(1.0, ms / found.total_ms):.0f} % of {total} go by {where}"
+    total = duration(found.total_ms)
     if kind == "launch-bound":
         empty = counted(len(found.layers), "empty layer")
         evidence = f"starting {empty} takes {duration(starts)} here, and the whole model {total}"
-    advice = ADVICE.get(kind) or next(verdict.advice for _, verdict in ranked if verdict.kind == kind)
+    else:
+        slowest = sorted((one for one in spent if one[1] == kind and one[2] > 0), key=lambda one: -one[2])
+        where = listed([name for name, *_ in slowest[:3]]) + (" and others" if len(slowest) > 3 else "")
+        evidence = f"{100 * min(1.0, ms / found.total_ms):.0f} % of {total} go by in {where}"
+    advice = ADVICE.get(kind) or next(verdict.advice for verdict in each if verdict.kind == kind)
     return Verdict(None, kind, f"On {found.runtime} the model is mostly {_adjective(kind)}: {evidence}.", advice)
 
 
 def _adjective(kind: str) -> str:
-    words = {"no kernel": "without a kernel for its form", "fell back to fp32": "back in fp32"}
-    words |= {"unaligned width": "held up by odd widths", "conversion overhead": "busy converting"}
+    words = {
+        "inefficient kernel": "held up by inefficient kernels",
+        "uncounted work": "busy with work that is not counted",
+        "no kernel": "without a kernel for its form",
+        "fell back to fp32": "back in fp32",
+        "unaligned width": "held up by odd widths",
+        "conversion overhead": "busy converting",
+    }
     return words.get(kind, kind)
 
 

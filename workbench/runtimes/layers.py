@@ -207,7 +207,9 @@ class InstrumentedOpenVINO(Instrumented):
         requests = prepared.counting(COUNTERS)
         parts = _openvino_parts(prepared, requests[0])
         self.parts, self._calls = tuple(parts.values()), 0
-        self._copies = [_Counted(request, list(parts)) for request in requests]
+        # The copies run the same operations in one order, but each numbers those that OpenVINO itself puts in.
+        order = {info.node_name: place for place, info in enumerate(requests[0].get_profiling_info())}
+        self._copies = [_Counted(request, [order[name] for name in parts]) for request in requests]
 
     def run(self) -> None:
         self._copies[self._calls // IN_A_ROW % COUNTERS].run()
@@ -219,10 +221,13 @@ class InstrumentedOpenVINO(Instrumented):
 
 
 class _Counted:
-    """One compiled copy; its counters are averages over all calls, in whole microseconds, and cannot be cleared."""
+    """One compiled copy, with the places of its operations among its counters.
 
-    def __init__(self, request, names: list[str]):
-        self.request, self.names, self.calls = request, names, 0
+    Those are averages over all calls, in whole microseconds, and cannot be cleared.
+    """
+
+    def __init__(self, request, places: list[int]):
+        self.request, self.places, self.calls = request, places, 0
         for _ in range(COLD_CALLS):
             self.run()
         self.cold_us = self._averages_us()
@@ -237,8 +242,8 @@ class _Counted:
         return np.maximum(sums_us, 0) / (self.calls - COLD_CALLS) / 1000
 
     def _averages_us(self) -> np.ndarray:
-        found = {info.node_name: info.real_time.total_seconds() for info in self.request.get_profiling_info()}
-        return np.array([1e6 * found[name] for name in self.names])
+        told = self.request.get_profiling_info()
+        return np.array([1e6 * told[place].real_time.total_seconds() for place in self.places])
 
 
 def _openvino_parts(prepared: PreparedOpenVINO, request) -> dict[str, Part]:

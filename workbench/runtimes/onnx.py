@@ -6,11 +6,13 @@ of layers that are rounded go through QuantizeLinear and DequantizeLinear. Runti
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import math
 import os
 import tempfile
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ from workbench.weights import FakeQuantize, InputQuantizer, WeightCode, describe
 
 OPSET = 17  # has every operator needed, and is read by runtimes some years old
 FLOATS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "double": "fp64"}  # by ONNX's words for them
+LOG_SWITCH = "_jit_set_onnx_log_enabled"  # of torch's exporter
 BLOCK = 16  # channels: kernels that compute so many at once hold weights filled up with zeros
 
 
@@ -71,7 +74,7 @@ def _rounded_weights(model: nn.Module) -> dict[str, WeightCode]:
 def _exported(model: nn.Module, example: Tensor) -> bytes:
     """Return the ONNX file of a model of plain layers; its weights keep their names."""
     file = io.BytesIO()
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), _attention_in_parts(), _no_dump():
         torch.onnx.export(
             model,
             (example,),
@@ -85,6 +88,30 @@ def _exported(model: nn.Module, example: Tensor) -> bytes:
             dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
         )
     return file.getvalue()
+
+
+@contextlib.contextmanager
+def _attention_in_parts() -> Iterator[None]:
+    """Keep torch from its one operator for a whole attention layer, which ONNX does not have."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _no_dump() -> Iterator[None]:
+    """Keep torch from writing the whole graph to standard output where an export fails: it always turns that log on."""
+    switch = getattr(torch._C, LOG_SWITCH, None)
+    if switch is not None:
+        setattr(torch._C, LOG_SWITCH, lambda _on: None)
+    try:
+        yield
+    finally:
+        if switch is not None:
+            setattr(torch._C, LOG_SWITCH, switch)
 
 
 def _store_integers(graph: Any, codes: dict[str, WeightCode]) -> None:
