@@ -360,7 +360,7 @@ def test_map_is_measured_when_asked_for(mapped):
     shown.measure_button.click()
     assert shown.wait_idle(10) and shown.state == "done"
     assert "4 of 4 cells" in shown.status.html and len(shown.plot.outputs) == 2
-    assert shown.caption.html.startswith("made up 4 of 4 cells: ▲ faster")
+    assert shown.caption.html.startswith("made up 4 of 4 cells: ▲ faster") and shown.caption in shown.children
     shown.choice.value = "others"
     assert shown.plot.outputs == ()
     shown.choice.value = "zeros"

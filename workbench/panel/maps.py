@@ -45,6 +45,7 @@ class MapPanel(ipywidgets.VBox):
         self.children = (
             controls.row("wb-acts", self.choice, self.measure_button, self.stop_button, self.status),
             self.plot,
+            self.caption,
         )
         self.add_class("wb-panel")
         self._drawn = 0.0

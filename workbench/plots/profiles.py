@@ -32,6 +32,7 @@ from workbench.plots.compression import (
     make_subplots,
     size_text,
 )
+from workbench.profiler import units
 from workbench.profiler.timing import FLOOR
 
 if TYPE_CHECKING:
@@ -362,7 +363,7 @@ def win_lose_signs(ratio: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.n
 
 
 def _cell_text(sign: str, ratio: float) -> str:
-    return sign if sign in (SAME, UNKNOWN) else f"{sign} {ratio:.2g}×" if ratio < 10 else f"{sign} {ratio:.0f}×"
+    return sign if sign in (SAME, UNKNOWN) else f"{sign} {units.times(ratio)}"
 
 
 def _map_words(found: WinLoseMap, signs: np.ndarray) -> str:
