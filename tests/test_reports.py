@@ -126,6 +126,13 @@ def test_a_page_has_only_what_was_measured(baseline):
     assert html_page(profiles.report(baseline)).count("<figure ") == (9 if baseline else 8)
 
 
+def test_the_runtimes_have_columns_of_a_baseline_only_beside_one(measured):
+    heads, rows = words.runtime_table(measured)
+    assert {"threads", "baseline, ms", "against it"} < set(heads) and {len(row) for row in rows} == {len(heads)}
+    heads, rows = words.runtime_table(investigate(subject(), None, (), runtimes=["eager"], calls=6))
+    assert not {"baseline, ms", "against it"} & set(heads) and {len(row) for row in rows} == {len(heads)}
+
+
 def test_figures_that_are_no_numbers_are_none_in_json():
     rows = [SoftwareRow("bf16", "half the bits", profiles.latency(), Ratio(math.nan, (0.0, math.inf)), math.nan)]
     (row,) = json.loads(json.dumps(profiles.report(software=tuple(rows)).to_dict(), allow_nan=False))["software"]

@@ -27,7 +27,7 @@ MACHINE = {
     "governor": "frequency governor",
     "gpu": "GPU",
     "platform": "platform",
-    "torch_threads": "torch threads",
+    "torch_threads": "torch threads by default",
 }
 BUSY = 0.5  # processes more than the measuring threads, on average: enough to be seen in the figures
 

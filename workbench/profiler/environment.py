@@ -72,7 +72,7 @@ class Environment:
             "GPU": self.gpu or "no GPU here",
             "platform": self.platform,
             "libraries": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
-            "torch threads": str(self.torch_threads),
+            "torch threads by default": str(self.torch_threads),
         }
 
 

@@ -69,8 +69,11 @@ def number(value: float) -> str:
 
 
 def runtime_table(report: Report) -> Table:
-    """Return one row a runtime: its single calls, those of the baseline, and throughput at the large batch."""
-    heads = ("runtime", "computes in", "median, ms", "p25–p75, ms", "p90, ms", "baseline, ms", "against it")
+    """Return one row a runtime: its single calls, those of the baseline if there is one, and throughput.
+
+    The batch is that of the images a second.
+    """
+    heads = ("runtime", "computes in", "threads", "median, ms", "p25–p75, ms", "p90, ms", "baseline, ms", "against it")
     heads += ("against the best fp32", "images a second", "batch")
     rows = []
     for run in report.profile.runs:
@@ -79,8 +82,16 @@ def runtime_table(report: Report) -> Table:
         times = (own.median_ms, middle, own.p90_ms, run.baseline.median_ms if run.baseline else None)
         against = tuple("" if ratio is None else str(ratio) for ratio in (run.ratio, best))
         noisy = " (noisy)" if own.noisy else ""
-        rows.append((run.runtime, own.precision + noisy, *times, *against, many.images_per_second, many.batch))
-    return heads, rows
+        how = (run.runtime, own.precision + noisy, own.threads)
+        rows.append((*how, *times, *against, many.images_per_second, many.batch))
+    return _filled(heads, rows)
+
+
+def _filled(heads: tuple[str, ...], rows: list[tuple]) -> Table:
+    """Return a table without the columns that are empty."""
+    columns = [i for i in range(len(heads)) if any(row[i] not in (None, "") for row in rows)]
+    keep = lambda row: tuple(row[i] for i in columns)
+    return keep(heads), [keep(row) for row in rows]
 
 
 def layer_table(report: Report) -> Table:
