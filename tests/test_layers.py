@@ -197,6 +197,10 @@ def test_a_transformer_shows_its_layers(name):
     inside = {"blocks.0", "blocks.1"} if name == "eager" else {"blocks.0.linear1", "blocks.1.linear2"}
     assert inside | {"last"} <= found.keys()  # torch runs a whole block as one operation
     assert found["last"].macs == 2 * 32 * 8 and all(layer.ms >= 0 for layer in found.values())
+    if name != "eager":  # what attention multiplies by has as many outputs as `linear2`, and fewer weights
+        held = {cost.name: (2 * cost.macs, 4 * cost.weights) for cost in layer_costs(model, example) if cost.macs}
+        assert {name: found[name].macs for name in held} == {name: macs for name, (macs, _) in held.items()}
+        assert all(nbytes <= found[name].weight_bytes < 1.5 * nbytes for name, (_, nbytes) in held.items())
     assert torch.backends.mha.get_fastpath_enabled()
 
 

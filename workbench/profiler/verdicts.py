@@ -323,9 +323,10 @@ def _unexplained(layer: LayerTime, together_ms: float) -> Verdict:
 def _advice(kind: str, layer: LayerTime) -> str:
     if "BatchNorm" in layer.kind:
         return "Fold it into the convolution before it, which then computes both."
-    if layer.weight_bytes or kind not in ("launch-bound", "memory-bound"):
-        return ADVICE[kind]
-    return "Take a runtime that fuses it into the layer before it, or give that layer fewer channels."
+    passes_on = layer.weight_bytes < layer.activation_bytes  # it mostly moves what other layers give and take
+    if (kind == "launch-bound" and not layer.macs) or (kind == "memory-bound" and passes_on):
+        return "Take a runtime that fuses it into the layer before it, or give that layer fewer channels."
+    return ADVICE[kind]
 
 
 # --- odd widths, measured beside even ones -------------------------------------------------------------------------

@@ -253,11 +253,10 @@ def _openvino_parts(prepared: PreparedOpenVINO, request) -> dict[str, Part]:
     kernels, layers, parts = prepared.multiplying(request), _layers_of(prepared), {}
     for name, operation, outputs in executed(request.get_compiled_model(), ran | set(kernels)):
         layer = layers.get(kernels[name].layer) if name in kernels else None
-        if layer is None:
-            parts[name] = Part(name, operation.pop("kind"), 0, **operation)
-        else:
+        if layer is not None:
             operation["kind"], each = layer
-            parts[name] = Part(kernels[name].layer, macs=each * outputs, **operation)
+            operation["macs"] = each * outputs
+        parts[name] = Part(name if layer is None else kernels[name].layer, **operation)
     return parts
 
 

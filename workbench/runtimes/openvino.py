@@ -192,23 +192,27 @@ def _calls(model: nn.Module | ModelFile, example: Tensor) -> list[tuple[str, int
     return calls
 
 
-def _multiplying(compiled, calls: list[tuple[str, int, int]], batch: int) -> Iterator[tuple]:
-    """Yield (operation, Kernel) of each multiplying layer, named after the next torch layer with as many outputs.
+MULTIPLY = ("Convolution", "FullyConnected", "MatMul")
 
-    Of several, one with as many weights comes first: the branches of a residual block may run in either order.
+
+def _multiplying(compiled, calls: list[tuple[str, int, int]], batch: int) -> Iterator[tuple]:
+    """Yield (operation, Kernel) of each product, named after the next torch layer of as many outputs and weights.
+
+    A product that is no call of a torch layer, as inside of attention, keeps the name that OpenVINO gave it.
     """
-    waiting = list(calls)
-    for node in compiled.get_runtime_model().get_ordered_ops():
-        kind = _info(node, "layerType")
-        if kind not in ("Convolution", "FullyConnected", "MatMul"):
+    nodes = [node for node in compiled.get_runtime_model().get_ordered_ops() if _info(node, "layerType") in MULTIPLY]
+    waiting, named = list(calls), {}
+    for node in sorted(nodes, key=lambda node: not _weights(node)):  # the graph does not always show the weights
+        if _info(node, "layerType") == "MatMul":
             continue
         size = math.prod(node.get_output_shape(0)) // batch
-        alike = [call for call in waiting if kind != "MatMul" and call[1] == size]
-        match = next((call for call in alike if call[2] == _weights(node)), alike[0] if alike else None)
+        match = next((call for call in waiting if call[1] == size and _weights(node) in (0, call[2])), None)
         if match:
             waiting.remove(match)
-        name = match[0] if match else node.get_friendly_name()
-        yield node, Kernel(name, _precision(node), _implementation(node))
+            named[node.get_friendly_name()] = match[0]
+    for node in nodes:
+        name = node.get_friendly_name()
+        yield node, Kernel(named.get(name, name), _precision(node), _implementation(node))
 
 
 def executed(compiled, names: set[str]) -> Iterator[tuple[str, dict, int]]:
@@ -222,6 +226,7 @@ def executed(compiled, names: set[str]) -> Iterator[tuple[str, dict, int]]:
                 "activation_bytes": activations,
                 "precision": _precision(node),
                 "implementation": _implementation(node),
+                "macs": _macs(node),
             }
             yield node.get_friendly_name(), operation, math.prod(node.get_output_shape(0))
 
@@ -236,6 +241,18 @@ def _moved(node) -> tuple[int, int]:
         else:
             activations += _bytes(source)
     return weights, activations
+
+
+def _macs(node) -> int:
+    """Return the multiply-adds of a convolution or a matrix product, by its shapes; 0 of anything else."""
+    kind, outputs = _info(node, "layerType"), node.get_output_shape(0)
+    if kind in ("Convolution", "FullyConnected"):
+        return math.prod(outputs) * _weights(node) // outputs[1 if kind == "Convolution" else -1]
+    if kind != "MatMul":
+        return 0
+    left, right = (list(node.get_input_shape(place)) for place in range(2))
+    inner = math.prod(left) * math.prod(right) // (math.prod(outputs) * math.prod(right[:-2]))  # its square
+    return math.prod(outputs) * math.isqrt(inner)
 
 
 def _weights(node) -> int:
