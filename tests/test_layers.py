@@ -42,6 +42,7 @@ from workbench.profiler import (
 from workbench.profiler.roofline import cache_sizes
 from workbench.profiler.verdicts import _of_the_whole, layer_verdicts
 from workbench.runtimes import Kernel, Prepared, RuntimeFailed, runtime
+from workbench.runtimes.base import product_macs
 from workbench.runtimes.layers import _profiler_ms, instrumented, layers_inside, parts_of
 from workbench.surgery import clone, weighted_layers
 from workbench.weights import Mask, parametrize_weight
@@ -202,6 +203,40 @@ def test_a_transformer_shows_its_layers(name):
         assert {name: found[name].macs for name in held} == {name: macs for name, (macs, _) in held.items()}
         assert all(nbytes <= found[name].weight_bytes < 1.5 * nbytes for name, (_, nbytes) in held.items())
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize(
+    "left, right, outputs, summed",
+    [
+        ((3, 4), (4, 5), (3, 5), 4),
+        ((2, 3, 4), (2, 5, 4), (2, 3, 5), 4),  # transposed on the way
+        ((7, 3, 4), (4, 5), (7, 3, 5), 4),  # one right factor for all
+        ((2, 6, 50, 64), (2, 6, 64, 50), (2, 6, 50, 50), 64),
+    ],
+)
+def test_a_product_s_multiply_adds_follow_from_its_shapes(left, right, outputs, summed):
+    assert product_macs(left, right, outputs) == math.prod(outputs) * summed
+
+
+class Products(nn.Module):
+    """Two products of what is computed, as attention has them, and one by weights that are no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(16, 24))
+
+    def forward(self, x):
+        x = x.flatten(1, 2)
+        alike = torch.tanh(torch.sin(x) @ torch.cos(x).transpose(1, 2))
+        return (alike @ x) @ self.weight
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_products_that_are_no_layer_are_counted(name):
+    require(name)
+    torch.manual_seed(0)
+    found = layer_times(Products().eval(), torch.rand(2, 1, 16, 16), name, calls=20).layers
+    assert sorted(layer.macs for layer in found if layer.macs) == sorted([2 * 16**3, 2 * 16**3, 2 * 16 * 16 * 24])
 
 
 class Functional(nn.Module):

@@ -3,7 +3,7 @@
 Each names its evidence and one thing to try. The three limits, starting a layer, moving its bytes, doing its
 operations, are those of the roofline (Williams et al., 2009), with the cost of an empty layer beside them. Where all
 three together explain little of a layer's time, the machine's limits are not to blame, but its kernel, or work that is
-not counted: that is all but the multiply-adds of linear and convolution layers.
+not counted: all but multiply-adds, and in torch's own runtimes the products that are no layer.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 import warnings
@@ -166,6 +167,12 @@ def steady_outputs(model: nn.Module, example: Tensor) -> Tensor:
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
         raise RuntimeFailed(f"For one input the model gives outputs of changing shape, {shapes}; it cannot be timed.")
     return first
+
+
+def product_macs(left: tuple[int, ...], right: tuple[int, ...], outputs: tuple[int, ...]) -> int:
+    """Return the multiply-adds of a matrix product of these shapes, whichever factor it transposes on the way."""
+    summed = math.prod(left) * math.prod(right) // max(1, math.prod(outputs) * math.prod(right[:-2]))  # squared
+    return math.prod(outputs) * math.isqrt(summed)
 
 
 def as_floats(batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from workbench.runtimes.base import Prepared, RuntimeFailed
+from workbench.runtimes.base import Prepared, RuntimeFailed, product_macs
 from workbench.runtimes.base import threads as using_threads
 from workbench.runtimes.cuda import PreparedCuda, PreparedGraph
 from workbench.runtimes.eager import DTYPES, PreparedEager
@@ -344,8 +344,18 @@ def _onnx_parts(events: list[dict], nodes: list[Node]) -> Iterator[Part]:
         moved = int(told["activation_size"]) + int(told["output_size"]) - ran.computed_bytes
         kernel, call = ran.kernel, ran.call
         computes = kernel.precision if ran.multiplies else _type_of(told)
-        which = (call.layer, call.kind, call.macs) if call else (name, ran.kind, 0)
+        which = (call.layer, call.kind, call.macs) if call else (name, ran.kind, _onnx_macs(told))
         yield Part(*which, ran.weight_bytes, moved, computes, ran.kind)
+
+
+def _onnx_macs(told: dict) -> int:
+    """Return the multiply-adds of a matrix product that is no layer, as inside of attention, 0 of anything else."""
+    shapes = lambda end: [tuple(shape) for one in told[f"{end}_type_shape"] for shape in one.values()]
+    inputs = shapes("input")  # without a factor that is constant
+    if not inputs or told["op_name"] not in ("MatMul", "FusedMatMul", "Gemm"):
+        return 0
+    outputs = shapes("output")[0]
+    return product_macs(*inputs[:2], outputs) if len(inputs) > 1 else math.prod(outputs) * inputs[0][-1]
 
 
 def _type_of(told: dict) -> str:

@@ -106,6 +106,7 @@ def _no_dump() -> Iterator[None]:
     """Keep torch from writing the whole graph to standard output where an export fails: it always turns that log on."""
     switch = getattr(torch._C, LOG_SWITCH, None)
     if switch is not None:
+        switch(False)  # an export elsewhere leaves it on
         setattr(torch._C, LOG_SWITCH, lambda _on: None)
     try:
         yield

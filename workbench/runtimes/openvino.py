@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from workbench.runtimes.base import Kernel, Prepared, Runtime, as_floats, precisions, quiet
+from workbench.runtimes.base import Kernel, Prepared, Runtime, as_floats, precisions, product_macs, quiet
 from workbench.runtimes.eager import is_fake_quantized
 from workbench.runtimes.files import ModelFile, graph_of
 from workbench.surgery import clone, weighted_layers
@@ -250,9 +250,7 @@ def _macs(node) -> int:
         return math.prod(outputs) * _weights(node) // outputs[1 if kind == "Convolution" else -1]
     if kind != "MatMul":
         return 0
-    left, right = (list(node.get_input_shape(place)) for place in range(2))
-    inner = math.prod(left) * math.prod(right) // (math.prod(outputs) * math.prod(right[:-2]))  # its square
-    return math.prod(outputs) * math.isqrt(inner)
+    return product_macs(*(tuple(node.get_input_shape(place)) for place in range(2)), tuple(outputs))
 
 
 def _weights(node) -> int:
