@@ -254,9 +254,11 @@ def undisturbed(count: int) -> Iterator[None]:
 def warm_up(prepared: Prepared) -> float:
     """Run until two neighboring groups of calls agree or time is up; return the quickest group, in ms for a call."""
     with undisturbed(prepared.threads):
-        start, groups = time.perf_counter(), [_group(prepared), _group(prepared)]
+        start = time.perf_counter()
+        size = 3 if _group(prepared, 1) < WARM_UP_MS else 1  # a call that takes seconds is long enough by itself
+        groups = [_group(prepared, size), _group(prepared, size)]
         while not _steady(*groups[-2:]) and (time.perf_counter() - start) * 1000 < WARM_UP_MS:
-            groups.append(_group(prepared))
+            groups.append(_group(prepared, size))
     return min(groups)
 
 
@@ -286,5 +288,5 @@ def _steady(first: float, second: float) -> bool:
     return abs(first - second) < STEADY * second
 
 
-def _group(prepared: Prepared, size: int = 3) -> float:
+def _group(prepared: Prepared, size: int) -> float:
     return float(np.median(checked_ms([prepared.timed() for _ in range(size)])))
