@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from workbench import plots
 from workbench.profiler.roofline import points
 from workbench.profiler.sweeps import knee
+from workbench.profiler.units import counted
 from workbench.reports import words
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def _sections(report: Report) -> Iterator[str]:
     """Yield the page's sections in the order that a reader asks: how much, why, where, what else."""
     yield _tiles(report)
     yield _section("In words", _list(words.sentences(report)))
-    yield _section("Runtimes", *_runtimes(report))
+    threads = report.profile.runs[0].latency.threads
+    yield _section(f"Runtimes, on {counted(threads, 'thread')}", *_runtimes(report))
     for name, title in words.TITLES.items():
         parts = [*PARTS[name](report)]
         if name in report.missing:

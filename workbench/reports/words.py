@@ -73,7 +73,7 @@ def runtime_table(report: Report) -> Table:
 
     The batch is that of the images a second.
     """
-    heads = ("runtime", "computes in", "threads", "median, ms", "p25–p75, ms", "p90, ms", "baseline, ms", "against it")
+    heads = ("runtime", "computes in", "median, ms", "p25–p75, ms", "p90, ms", "baseline, ms", "against it")
     heads += ("against the best fp32", "images a second", "batch")
     rows = []
     for run in report.profile.runs:
@@ -82,8 +82,7 @@ def runtime_table(report: Report) -> Table:
         times = (own.median_ms, middle, own.p90_ms, run.baseline.median_ms if run.baseline else None)
         against = tuple("" if ratio is None else str(ratio) for ratio in (run.ratio, best))
         noisy = " (noisy)" if own.noisy else ""
-        how = (run.runtime, own.precision + noisy, own.threads)
-        rows.append((*how, *times, *against, many.images_per_second, many.batch))
+        rows.append((run.runtime, own.precision + noisy, *times, *against, many.images_per_second, many.batch))
     return _filled(heads, rows)
 
 
