@@ -45,6 +45,7 @@ from workbench.runtimes import Kernel, Prepared, RuntimeFailed, runtime
 from workbench.runtimes.base import product_macs
 from workbench.runtimes.layers import _profiler_ms, instrumented, layers_inside, parts_of
 from workbench.surgery import clone, weighted_layers
+from workbench.techniques import Quantization
 from workbench.weights import Mask, parametrize_weight
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: its events cannot be read")
@@ -256,6 +257,13 @@ def test_work_outside_of_layers_is_not_blamed_on_a_layer():
     found, example = [], torch.rand(4, 64, 64) / 64
     assert often(lambda: found.append(by_layer(Functional(), example)[0]) or found[-1].kind == "uncounted work")
     assert "% of" in found[-1].evidence and "go by in calls that are no layer" in found[-1].evidence
+
+
+@pytest.mark.parametrize("bits, options", [(8, {}), (4, {"granularity": "group", "activation_bits": 32})])
+def test_kernels_have_the_names_of_torch_where_weights_are_read_from_codes(bits, options):
+    model = Quantization(weight_bits=bits, **options).compress(vgg(32), images(8))
+    found = runtime("openvino").prepare(model, images(2)).kernels
+    assert [kernel.layer for kernel in found] == [name for name, _ in weighted_layers(model)]
 
 
 def test_attention_is_one_layer_and_containers_are_none():

@@ -200,19 +200,18 @@ def _multiplying(compiled, calls: list[tuple[str, int, int]], batch: int) -> Ite
 
     A product that is no call of a torch layer, as inside of attention, keeps the name that OpenVINO gave it.
     """
-    nodes = [node for node in compiled.get_runtime_model().get_ordered_ops() if _info(node, "layerType") in MULTIPLY]
-    waiting, named = list(calls), {}
-    for node in sorted(nodes, key=lambda node: not _weights(node)):  # the graph does not always show the weights
-        if _info(node, "layerType") == "MatMul":
+    waiting = list(calls)
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        kind, match = _info(node, "layerType"), None
+        if kind not in MULTIPLY:
             continue
-        size = math.prod(node.get_output_shape(0)) // batch
-        match = next((call for call in waiting if call[1] == size and _weights(node) in (0, call[2])), None)
+        if kind != "MatMul":
+            made = (math.prod(node.get_output_shape(0)) // batch, _weights(node))
+            match = next((call for call in waiting if call[1:] == made), None)
         if match:
             waiting.remove(match)
-            named[node.get_friendly_name()] = match[0]
-    for node in nodes:
-        name = node.get_friendly_name()
-        yield node, Kernel(named.get(name, name), _precision(node), _implementation(node))
+        name = match[0] if match else node.get_friendly_name()
+        yield node, Kernel(name, _precision(node), _implementation(node))
 
 
 def executed(compiled, names: set[str]) -> Iterator[tuple[str, dict, int]]:
@@ -254,10 +253,8 @@ def _macs(node) -> int:
 
 
 def _weights(node) -> int:
-    """Return the number of values in an operation's largest constant, or 0 without one."""
-    sources = [port.get_source_output() for port in node.inputs()]
-    held = [source for source in sources if _info(source.get_node(), "layerType") == "Const"]
-    return max((math.prod(source.get_shape()) for source in held), default=0)
+    """Return how many weights a convolution or a linear layer multiplies by, also where it reads them from codes."""
+    return math.prod(node.get_input_shape(1))
 
 
 def _bytes(port) -> int:
