@@ -95,6 +95,14 @@ def convolution(channels):
     return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()).eval()
 
 
+def unpooled(width):
+    """Convolutions without max pooling, which really is quicker on the even planes that filters of zeros leave."""
+    torch.manual_seed(0)
+    shapes = ((1, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2))
+    layers = [part for i, o, stride in shapes for part in (nn.Conv2d(i, o, 3, stride, padding=1), nn.ReLU())]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10)).eval()
+
+
 def sparse(model, kept=0.3):
     model = clone(model)
     for _, layer in weighted_layers(model):
@@ -459,10 +467,10 @@ def test_rounded_weights_alone_fall_back_to_fp32_and_rounding_inputs_helps():
 
 @pytest.mark.parametrize("name", ["eager", "openvino"])
 def test_single_zeros_have_no_kernel_and_removing_channels_helps(name):
-    model = vgg(32)
+    model = unpooled(32)
     whole, each = by_layer(sparse(model), images(), name, baseline=model)
     assert whole.kind == each["4"].kind == "no kernel" and "zero" in whole.evidence
-    assert often(lambda: speedup(vgg(16), sparse(model), name, images()) > 1.2)
+    assert often(lambda: speedup(unpooled(16), sparse(model), name, images()) > 1.2)
 
 
 @pytest.mark.parametrize("name, odd", [("eager", 33), ("openvino", 17)])
