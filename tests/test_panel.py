@@ -386,6 +386,18 @@ def test_every_technique_has_a_panel(opened, technique):
     assert shown.state == "done", shown.alert.html
 
 
+def test_a_setting_without_effect_is_greyed_out_and_not_named(opened):
+    shown = opened(wb.LowRank(rank=0.5, kept=0.9))
+    greyed = lambda: {name for name, control in shown.controls.items() if control.disabled}
+    assert greyed() == {"kept"} and "rank 0.5" in shown.words.html and "kept" not in shown.words.html
+    shown.controls["choose"].value = "energy"
+    assert greyed() == {"rank"}
+    assert shown.wait_idle()
+    assert "kept 0.9" in shown.words.html and "rank" not in shown.words.html
+    shown.undo()
+    assert greyed() == {"kept"} and shown.wait_idle()
+
+
 def test_another_technique_keeps_the_points_tried_so_far(opened):
     shown = opened((wb.LowRank, wb.MagnitudePruning(sparsity=0.8)))
     first = shown.point

@@ -127,6 +127,11 @@ def test_a_page_has_only_what_was_measured(baseline):
     assert html_page(profiles.report(baseline)).count("<figure ") == (9 if baseline else 8)
 
 
+def test_a_report_asks_for_verdicts_only_where_it_has_none():
+    asks = lambda **sections: any("--verdicts" in one for one in words.sentences(profiles.report(**sections)))
+    assert asks(verdicts=()) and not asks()
+
+
 def test_the_runtimes_have_columns_of_a_baseline_only_beside_one(measured):
     heads, rows = words.runtime_table(measured)
     assert {"baseline, ms", "against it"} < set(heads) and {len(row) for row in rows} == {len(heads)}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 from numbers import Real
@@ -28,11 +28,17 @@ ABSENT: Any = object()  # marks a setting without a value that changes nothing
 Watch = Callable[[Any], "bool | None"]
 
 
+def always(_values: Mapping[str, Any]) -> bool:
+    """Say that a setting has an effect whatever the others are."""
+    return True
+
+
 @dataclass(frozen=True)
 class Setting:
     """One knob of a technique: its range, its unit, and the value that changes nothing.
 
     A number has `low`, `high` and `step`; anything else has `choices`. `neutral` is valid even outside the range.
+    `applies(values)` says, from the values of all settings, whether this one has an effect beside the others.
     """
 
     name: str
@@ -44,6 +50,7 @@ class Setting:
     unit: str = ""
     neutral: Any = ABSENT
     help: str = ""
+    applies: Callable[[Mapping[str, Any]], bool] = always
 
     @property
     def label(self) -> str:
@@ -101,9 +108,10 @@ def setting(
     unit: str = "",
     neutral: Any = ABSENT,
     help: str = "",
+    applies: Callable[[Mapping[str, Any]], bool] = always,
 ) -> Any:
     """Declare a setting as a dataclass field; see `Setting` for what the words mean."""
-    knob = Setting("", default, low, high, step, tuple(choices), unit, neutral, help)
+    knob = Setting("", default, low, high, step, tuple(choices), unit, neutral, help, applies)
     return field(default=default, metadata={"setting": knob})
 
 

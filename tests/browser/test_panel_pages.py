@@ -207,6 +207,15 @@ def test_everything_can_be_reached_with_the_tab_key(voila, page):
     assert {"range", "number", "★ Pin", "Copy link", "Report", "Table"} <= seen, seen
 
 
+def test_a_setting_without_effect_cannot_be_moved(voila, page):
+    open_voila(page, voila)
+    pages.wait_for_state(page, "done")
+    greyed = page.locator(".wb-dial", has=page.locator("input[type=range]:disabled"))
+    assert greyed.locator("label").all_inner_texts() == ["kept"] and greyed.locator("input:disabled").count() == 2
+    page.get_by_label("choose").select_option("energy")
+    page.wait_for_function("[...document.querySelectorAll('.wb-dial.wb-idle label')].map(l => l.innerText) == 'rank'")
+
+
 def test_lab_address_is_left_alone(lab, page, folder):
     open_lab(page, lab, folder)
     pages.wait_for_state(page, "done")

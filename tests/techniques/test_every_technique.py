@@ -11,6 +11,8 @@ import torch
 
 import workbench as wb
 from workbench.surgery import clone
+from workbench.technique import always
+from workbench.techniques import KEEP_SIZE
 
 CASES = {
     "LowRank": (wb.LowRank, {}, "rank"),
@@ -44,6 +46,10 @@ CASES = {
     "DistillationFeatures": (wb.DistillationFeatures, {"epochs": 1}, "width"),
     "DistillationRelational": (wb.DistillationRelational, {"epochs": 1}, "width"),
 }
+SOMETIMES = [
+    (kind, knob.name) for kind in (*wb.TECHNIQUES, *KEEP_SIZE) for knob in kind.settings() if knob.applies is not always
+]
+QUICK = {"epochs": 1, "iterations": 50}
 REMOVES = {"sparsity", "replaced", "pattern", "part", "strength"}  # settings whose high end compresses most
 
 
@@ -124,3 +130,26 @@ def test_the_same_settings_give_the_same_model(case, model, data):
     technique = ordered(case)[1]
     images, twin = data.example(4), clone(model)  # for which nothing is remembered
     assert torch.equal(technique.compress(model, data)(images), technique.compress(twin, data)(images))
+
+
+def beside(kind, name, applies):
+    """Return a technique beside whose other settings the named one has an effect, or has none."""
+    knobs = {knob.name: knob for knob in kind.settings()}
+    short = {key: value for key, value in QUICK.items() if key in knobs}
+    others = [knob for knob in knobs.values() if knob.name not in {name, *short}]
+    ends = [{knob.name: value} for knob in others for value in (knob.positions()[0], knob.positions()[-1])]
+    every = (kind(**short, **changed) for changed in ({}, *ends))
+    return next(one for one in every if knobs[name].applies(one.values()) == applies)
+
+
+@pytest.mark.parametrize(("kind", "name"), SOMETIMES)
+def test_a_setting_is_called_without_effect_only_where_it_has_none(kind, name, model, data):
+    positions = next(knob for knob in kind.settings() if knob.name == name).positions()
+
+    def files(applies):
+        ends = [replace(beside(kind, name, applies), **{name: value}) for value in (positions[0], positions[-1])]
+        return [wb.encode(one.compress(clone(model), data)) for one in ends]
+
+    without, used = files(applies=False), files(applies=True)
+    assert without[0] == without[1]
+    assert used[0] != used[1]

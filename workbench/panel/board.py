@@ -231,6 +231,13 @@ class Panel(ipywidgets.VBox):
             self._notice = ""
             self._submit()
 
+    def _grey_out(self) -> None:
+        """Let nobody move what has no effect beside the other settings."""
+        with self._lock:
+            values = self.values
+            for name, knob in self.knobs.items():
+                self.controls[name].disabled = not knob.applies(values)
+
     def _changed(self, _change=None) -> None:
         if not self._applying:
             self._notice = ""
@@ -307,6 +314,7 @@ class Panel(ipywidgets.VBox):
     # --- work ------------------------------------------------------------------------------------------------------
 
     def _submit(self, rest: float = REST) -> None:
+        self._grey_out()
         try:
             technique, name = self.technique, self.place
         except ValueError as error:  # settings that do not go together
@@ -412,9 +420,10 @@ class Panel(ipywidgets.VBox):
 
     def _title(self, technique: Technique) -> str:
         """Name the settings that say something: numbers with an effect, and choices other than the default."""
-        values, knobs = technique.values(), technique.settings()
+        values = technique.values()
+        knobs = [knob for knob in technique.settings() if knob.applies(values)]
         said = [k for k in knobs if values[k.name] != (k.neutral if k.is_number else k.default)]
-        said = said or ([] if technique.is_neutral else list(knobs[:1]))
+        said = said or ([] if technique.is_neutral else knobs[:1])
         settings = ", ".join(f"{k.label} {controls.word(values[k.name])}" for k in said) or "no effect"
         return settings if len(self._starts) == 1 and said else f"{technique.title()}, {settings}"
 

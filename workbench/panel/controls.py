@@ -17,7 +17,7 @@ _text = lambda name: (_HERE / name).read_text(encoding="utf-8")
 class Number(anywidget.AnyWidget):
     """A slider with a number box beside it and the unit in words; `value` is what both show.
 
-    `held` is true while the slider is held by the pointer or a key.
+    `held` is true while the slider is held by the pointer or a key; `disabled` greys it out.
     """
 
     _esm = _text("number.js")
@@ -29,6 +29,7 @@ class Number(anywidget.AnyWidget):
     step = traitlets.Float().tag(sync=True)
     whole = traitlets.Bool().tag(sync=True)
     value = traitlets.Float().tag(sync=True)
+    disabled = traitlets.Bool().tag(sync=True)
     held = traitlets.Bool().tag(sync=True)
 
 

@@ -56,9 +56,18 @@ function render({ model, el }) {
   // Jupyter has shortcuts on plain keys: keep what is typed here to ourselves.
   for (const input of [range, box]) input.addEventListener("keydown", (event) => event.stopPropagation());
   el.setAttribute("data-lm-suppress-shortcuts", "true");
+  const grey = () => {
+    for (const input of [range, box]) input.disabled = model.get("disabled");
+    el.classList.toggle("wb-idle", model.get("disabled"));
+  };
   model.on("change:value", draw);
+  model.on("change:disabled", grey);
   el.replaceChildren(label, range, box, unit);
   draw();
-  return () => model.off("change:value", draw);
+  grey();
+  return () => {
+    model.off("change:value", draw);
+    model.off("change:disabled", grey);
+  };
 }
 export default { render };

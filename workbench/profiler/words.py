@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from workbench.profiler.units import listed, size, times
-from workbench.profiler.verdicts import LOOK_INSIDE, MANY_ZEROS
+from workbench.profiler.verdicts import MANY_ZEROS
 
 if TYPE_CHECKING:
     from workbench.profiler.report import Profile, Run
 
+ASK_LAYERS = "Measured one by one, its layers tell what holds it up: see their verdicts (--verdicts)."
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -152,7 +153,7 @@ def _fewer_operations(profile: Profile) -> Iterator[str]:
         gain = f"it is {run.ratio}" if run.ratio.distinguishable else "its time is not distinguishable"
         yield f"On {run.runtime} the model does {times(fewer)} fewer multiply-adds, but {gain}."
     if short:
-        yield LOOK_INSIDE
+        yield ASK_LAYERS
 
 
 def _gained(run: Run) -> bool:

@@ -27,6 +27,7 @@ from torch import nn
 
 from workbench.surgery import clone
 from workbench.technique import Technique, setting
+from workbench.techniques.distillation.teaching import temperature_setting
 from workbench.techniques.repair import finetune
 
 
@@ -41,7 +42,7 @@ class FineTune(Technique):
     epochs: int = setting(2, low=0, high=40, step=1, unit="epochs", neutral=0)
     learning_rate: float = setting(1e-3, choices=(1e-4, 3e-4, 1e-3, 3e-3), help="The peak of the schedule.")
     soft_weight: float = setting(0.0, low=0.0, high=1.0, step=0.05, unit="of the loss")
-    temperature: float = setting(4.0, low=1.0, high=20.0, step=0.5)
+    temperature: float = temperature_setting()
     seed: int = setting(0, low=0, high=9, step=1)
     teacher: nn.Module | None = field(default=None, repr=False, compare=False)
 

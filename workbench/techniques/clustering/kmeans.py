@@ -233,7 +233,14 @@ class WeightClustering(Technique):
     initial: str = setting("cube-root", choices=INITIAL, help="Where the shared values start.")
     scope: str = setting("layer", choices=("layer", "global"), help="Values for each layer, or one set for all.")
     finetune: int = setting(0, low=0, high=10, step=1, unit="epochs", neutral=0, help="Training of the shared values.")
-    seed: int = setting(0, low=0, high=99, step=1, help="Of the random starts of k-means++.")
+    seed: int = setting(
+        0,
+        low=0,
+        high=99,
+        step=1,
+        help="Of the random starts of k-means++.",
+        applies=lambda values: values["initial"] == "k-means++",
+    )
 
     def compress(self, model, data=None, watch=None):
         """Return a copy with codebooks on the weights; raises ValueError if there is no weight, or NaN in one."""

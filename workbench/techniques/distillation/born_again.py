@@ -25,7 +25,7 @@ from torch import nn
 
 from workbench.surgery import clone
 from workbench.technique import Technique, setting
-from workbench.techniques.distillation.teaching import teach
+from workbench.techniques.distillation.teaching import teach, temperature_setting
 from workbench.training import soft_objective
 from workbench.weights import bake_weights
 
@@ -59,7 +59,7 @@ class SelfDistillation(Technique):
     trains: ClassVar[bool] = True
 
     epochs: int = setting(8, low=0, high=40, step=1, unit="epochs", neutral=0)
-    temperature: float = setting(4.0, low=1.0, high=20.0, step=0.5)
+    temperature: float = temperature_setting()
     soft_weight: float = setting(0.9, low=0.0, high=1.0, step=0.05, unit="of the loss")
     seed: int = setting(0, low=0, high=9, step=1)
 

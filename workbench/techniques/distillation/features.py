@@ -75,7 +75,15 @@ class DistillationFeatures(Distillation):
     source: ClassVar[str] = "Romero et al., 2015, arXiv:1412.6550"
 
     hint_weight: float = setting(1.0, low=0.0, high=10.0, step=0.5, help="What the hint's error adds to the loss.")
-    depth: float = setting(0.5, low=0.25, high=1.0, step=0.25, unit="of the layers")
+    depth: float = setting(
+        0.5,
+        low=0.25,
+        high=1.0,
+        step=0.25,
+        unit="of the layers",
+        help="Where the hint is read, if there is one.",
+        applies=lambda values: values["hint_weight"] > 0,
+    )
 
     def objective(self, student, teacher, example):
         """Return the student with its regressor, and the loss of answers and hint."""

@@ -29,7 +29,7 @@ from torch import nn
 from workbench.models import build, fingerprint, load_weights, weights_path
 from workbench.surgery import clone
 from workbench.technique import Technique, setting
-from workbench.techniques.distillation.teaching import teach
+from workbench.techniques.distillation.teaching import teach, temperature_setting
 from workbench.training import Objective, soft_objective
 
 
@@ -42,7 +42,7 @@ class Distillation(Technique):
     trains: ClassVar[bool] = True
 
     width: float = setting(0.25, low=0.0625, high=0.5, step=0.0625, unit="of the teacher", neutral=1.0)
-    temperature: float = setting(4.0, low=1.0, high=20.0, step=0.5)
+    temperature: float = temperature_setting()
     soft_weight: float = setting(0.9, low=0.0, high=1.0, step=0.05, unit="of the loss")
     epochs: int = setting(8, low=1, high=40, step=1, unit="epochs")
     seed: int = setting(0, low=0, high=9, step=1)

@@ -6,12 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from workbench.surgery import clone, weighted_layers
+from workbench.technique import setting
 from workbench.techniques.repair import finetune
 from workbench.training import evaluating
 from workbench.weights import finite_weight
 
 LEARNING_RATE = 4e-3
 EXAMPLES = 2  # images to see shapes with
+
+
+def temperature_setting():
+    """Declare the setting `temperature`, which has an effect where `soft_weight` lets the teacher's answers count."""
+    words = "Softens the teacher's answers, where they count."
+    return setting(4.0, low=1.0, high=20.0, step=0.5, help=words, applies=lambda values: values["soft_weight"] > 0)
 
 
 def teach(student: nn.Module, model: nn.Module, data, technique, watch=None) -> nn.Module:

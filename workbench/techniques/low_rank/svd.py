@@ -108,7 +108,15 @@ class LowRank(Technique):
     family: ClassVar[str] = "low-rank"
     source: ClassVar[str] = "Denton et al., 2014, arXiv:1404.0736; Zhang et al., 2015, arXiv:1505.06798"
 
-    rank: float = setting(0.5, low=0.05, high=1.0, step=0.05, unit="of full rank", neutral=1.0)
+    rank: float = setting(
+        0.5,
+        low=0.05,
+        high=1.0,
+        step=0.05,
+        unit="of full rank",
+        neutral=1.0,
+        applies=lambda values: values["choose"] == "fraction",
+    )
     choose: str = setting(
         "fraction",
         choices=("fraction", "energy", "budget"),
@@ -122,6 +130,7 @@ class LowRank(Technique):
         unit="of energy or weights",
         neutral=1.0,
         help="For energy and budget only.",
+        applies=lambda values: values["choose"] != "fraction",
     )
     objective: str = setting(
         "outputs",

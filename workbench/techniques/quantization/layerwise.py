@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from workbench.surgery import clone, identity, layers_to_compress, remembered
 from workbench.technique import Technique, setting
 from workbench.techniques.moments import second_moments
-from workbench.techniques.quantization.post_training import Quantization
+from workbench.techniques.quantization.post_training import Quantization, group_size_setting
 from workbench.techniques.quantization.structure import only_masked, tied_layers
 from workbench.techniques.repair import calibration_batches
 from workbench.training import Step
@@ -92,7 +92,7 @@ class LayerwiseRounding(Technique):
     granularity: str = setting(
         "channel", choices=("channel", "group"), help="One scale for each output channel, or for a group of weights."
     )
-    group_size: int = setting(64, low=16, high=128, step=16, unit="weights", help="Of a group, where there are groups.")
+    group_size: int = group_size_setting()
 
     def compress(self, model, data=None, watch=None):
         """Return a copy with rounded weights.

@@ -99,6 +99,12 @@ def fitting_granularity(layer: nn.Module, granularity: str) -> str:
     return "tensor" if clustered else granularity
 
 
+def group_size_setting():
+    """Declare the setting `group_size`, which has an effect where `granularity` is "group"."""
+    groups = lambda values: values["granularity"] == "group"
+    return setting(64, low=16, high=128, step=16, unit="weights", help="Of a group of weights.", applies=groups)
+
+
 @dataclass(frozen=True)
 class Quantization(Technique):
     """Round weights to 2–8 bits and layer inputs to 8, without retraining."""
@@ -115,9 +121,13 @@ class Quantization(Technique):
     )
     scheme: str = setting("symmetric", choices=("symmetric", "asymmetric"), help="Zero point at 0, or anywhere.")
     calibration: str = setting("mse", choices=METHODS, help="How the range of each quantizer is chosen.")
-    group_size: int = setting(64, low=16, high=128, step=16, unit="weights", help="Of a group, where there are groups.")
+    group_size: int = group_size_setting()
     fold: bool = setting(
-        False, choices=(False, True), neutral=False, help="Multiply BatchNorm into the layer before it."
+        False,
+        choices=(False, True),
+        neutral=False,
+        help="Multiply BatchNorm into the layer before it.",
+        applies=lambda values: not values["equalize"],
     )
     equalize: bool = setting(
         False, choices=(False, True), neutral=False, help="Even out the ranges of neighbouring layers; folds BatchNorm."
