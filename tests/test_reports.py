@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -130,6 +131,22 @@ def test_a_page_has_only_what_was_measured(baseline):
 def test_a_report_asks_for_verdicts_only_where_it_has_none():
     asks = lambda **sections: any("--verdicts" in one for one in words.sentences(profiles.report(**sections)))
     assert asks(verdicts=()) and not asks()
+
+
+def test_a_report_says_where_a_smaller_file_takes_as_much_memory():
+    report = profiles.report()
+    alike = replace(report, memory={**report.memory, "now": report.memory["baseline"]})
+    assert report.profile.model.size_bytes < report.profile.baseline.size_bytes
+    for told in (words.text, html_page):
+        assert "the memory did not" not in told(report) and "the memory did not" in told(alike)
+    assert not words.memory_words(replace(alike, memory={"now": report.memory["now"]}))
+
+
+def test_verdicts_are_on_the_layer_times_of_the_report(monkeypatch):
+    monkeypatch.setattr(sys.modules["workbench.profiler.verdicts"], "layer_times", None)  # not taken again
+    found = investigate(subject(), None, ("layers", "verdicts"), runtimes=["eager"], calls=6)
+    assert found.missing == {}
+    assert [said.layer for said in found.verdicts] == [None, *(layer.name for layer in found.layers.layers)]
 
 
 def test_the_runtimes_have_columns_of_a_baseline_only_beside_one(measured):

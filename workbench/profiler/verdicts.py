@@ -235,13 +235,19 @@ def _took(ratio: Ratio, now: Taken) -> str:
 
 
 def verdicts(
-    model: nn.Module, example: Tensor, baseline: nn.Module | None = None, runtime: str = "eager", threads: int = 1
+    model: nn.Module,
+    example: Tensor,
+    baseline: nn.Module | None = None,
+    runtime: str = "eager",
+    threads: int = 1,
+    times: LayerTimes | None = None,
 ) -> list[Verdict]:
     """Measure `model` on `example`, float (B, C, H, W), and return the verdict on the whole, then one for each layer.
 
-    With `baseline` both are timed in turns. Raises RuntimeFailed if the runtime cannot run or does not show layers.
+    With `baseline` both are timed in turns. `times`: those of the layers in the same place, where they were taken
+    already. Raises RuntimeFailed if the runtime cannot run or does not show layers.
     """
-    known, found = limits(runtime, threads), layer_times(model, example, runtime, threads)
+    known, found = limits(runtime, threads), times or layer_times(model, example, runtime, threads)
     each = layer_verdicts(model, example, found, known)
     if baseline is None:
         return [_of_the_whole(found, each, known), *each]

@@ -202,7 +202,7 @@ def _roofline(case: _Case, report: Report) -> Changes:
 def _verdicts(case: _Case, report: Report) -> Changes:
     yield "asking why it isn't faster", {}
     other = case.baseline.model if case.baseline and not case.has_files else None
-    found = verdicts(case.subject.model, case.example, other, case.runtime, case.threads)
+    found = verdicts(case.subject.model, case.example, other, case.runtime, case.threads, report.layers)
     yield "verdicts", {"verdicts": tuple(found)}
 
 

@@ -212,6 +212,8 @@ def _memory(report: Report) -> Iterator[str]:
     if report.memory:
         yield _figure(plots.memory_bars(report.memory), titled=False)
         yield _table(words.memory_table(report), "Table of memory")
+    if words.memory_words(report):
+        yield f"<p>{words.memory_words(report)}</p>"
     if report.energy:
         yield f"<p>Energy: {html.escape(str(report.energy))}.</p>"
 

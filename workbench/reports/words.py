@@ -154,6 +154,16 @@ def memory_table(report: Report) -> Table:
     return ("model", "memory", "bytes"), rows
 
 
+def memory_words(report: Report) -> str:
+    """Say why a smaller file takes no less memory, where that is so; else return ""."""
+    before, now = (report.memory.get(role) for role in ("baseline", "now"))
+    if not (before and now) or now.weights_bytes < before.weights_bytes:
+        return ""
+    if report.profile.model.size_bytes >= report.profile.baseline.size_bytes:
+        return ""
+    return "The file became smaller, the memory did not: torch holds each weight as a plain number, rounded or zero."
+
+
 def map_table(found: WinLoseMap) -> Table:
     """Return one row for each value of the map's y, with times faster in each column; nothing where not measured."""
     heads = (f"{found.y_name} \\ {found.x_name}", *map(str, found.x))
@@ -224,6 +234,8 @@ def _memory(report: Report) -> Iterator[str]:
     if report.memory:
         heads, rows = memory_table(report)
         yield from aligned((heads, [(*row[:2], size(row[2])) for row in rows]))
+    if memory_words(report):
+        yield f"  {memory_words(report)}"
     if report.energy:
         yield f"  energy: {report.energy}"
 
