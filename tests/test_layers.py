@@ -29,6 +29,7 @@ from workbench.profiler import (
     latencies,
     layer_costs,
     layer_times,
+    limits,
     low_rank_map,
     measure_layers,
     measure_roofline,
@@ -407,6 +408,24 @@ def test_tiny_layers_are_launch_bound_and_more_images_a_call_help(name):
     assert often(lambda: speedup(tiny_layers(), tiny_layers(), name, example, torch.zeros(16, 16)) > 4)
 
 
+@pytest.mark.parametrize("name", ["eager", "openvino"])
+def test_a_call_and_its_empty_layers_take_about_as_long_as_a_model_of_tiny_ones(name):
+    def ratio():
+        times = layer_times(tiny_layers(), torch.zeros(1, 16), name)
+        return limits(name).starts_ms(layer.kind for layer in times.layers) / times.total_ms
+
+    assert limits(name).call_ms > 0
+    assert often(lambda: 0.6 < ratio() < 1.5)
+
+
+def test_what_every_call_costs_is_no_uncounted_work():
+    layer = LayerTime("a", "Linear", 0.001, 0.1, 0, 64, 64, "fp32", "")
+    found = LayerTimes((layer,), 0.01, 0.009, "openvino", "fp32", 1, 1, False)
+    known = Limits(roofline(), {"ReLU": 0.001}, "openvino", 1)
+    whole = lambda known: _of_the_whole(found, [Verdict("a", "launch-bound", "It takes 1 µs.")], known)
+    assert whole(known).kind == "uncounted work" and whole(replace(known, call_ms=0.006)).kind == "launch-bound"
+
+
 def test_pooling_is_no_limit_of_the_machine_and_another_kernel_helps():
     pool, example = nn.Sequential(nn.MaxPool2d(3, 2, 1)).eval(), torch.rand(1, 64, 56, 56)
     whole, each = by_layer(pool, example)
@@ -586,7 +605,7 @@ def test_starts_and_odd_widths_are_blamed_where_they_were_measured():
     odd = nn.Sequential(nn.Flatten(), nn.Linear(784, 51)).eval()
     starts = lambda ms: Limits(roofline(), {"ReLU": ms, "Linear": ms}, "eager", 1)
     found = slower(odd, square, starts(1.5))
-    assert found.kind == "launch-bound" and "starting 1 empty layer takes 1.5 ms here" in found.evidence
+    assert found.kind == "launch-bound" and "starting a call and 1 empty layer takes 1.5 ms here" in found.evidence
     assert slower(odd, square, starts(0.5)).kind == "slower"  # a quarter of the 2 ms explains little
     width = Verdict("1", "unaligned width", "1 takes 2 ms with 51 and 0.5 ms with 48.", "Round its widths.")
     found = slower(odd, square, starts(0.5), [Verdict("0", "memory-bound", "It moves."), width])
@@ -719,4 +738,5 @@ def test_starting_a_layer_is_said_to_be_measured_for_the_kinds_that_were():
 
 def test_starts_that_add_up_to_more_than_the_whole_are_shown_as_measured():
     whole = started("Linear", 0.01)[1]
-    assert "launch-bound" in whole and "starting 3 empty layers takes 30 µs here, and the whole model 10 µs" in whole
+    assert "launch-bound" in whole
+    assert "starting a call and 3 empty layers takes 30 µs here, and the whole model 10 µs" in whole

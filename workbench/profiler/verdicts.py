@@ -216,13 +216,13 @@ def _smaller_but_not_faster(
         return Verdict(None, odd.kind, f"{start}; {odd.evidence}", odd.advice)
     if known and _launches_ms(now, known) > MOSTLY * now.latency.median_ms:
         empty = counted(len(now.costs), "empty layer")
-        why = f"starting {empty} takes {duration(_launches_ms(now, known))} here"
+        why = f"starting a call and {empty} takes {duration(_launches_ms(now, known))} here"
         return Verdict(None, "launch-bound", f"{start}; {why}.", ADVICE["launch-bound"])
     return Verdict(None, _outcome(ratio), f"{start}.", ASK_LAYERS if layers else LOOK_INSIDE)
 
 
 def _launches_ms(now: Taken, known: Limits) -> float:
-    return sum(known.start_ms(cost.kind) for cost in now.costs)
+    return known.starts_ms(cost.kind for cost in now.costs)
 
 
 def _took(ratio: Ratio, now: Taken) -> str:
@@ -401,7 +401,7 @@ def _input_shapes(model: nn.Module, example: Tensor) -> dict[str, tuple[int, ...
 
 def _of_the_whole(found: LayerTimes, each: list[Verdict], known: Limits) -> Verdict:
     """Name the kind of verdict under which most of the time falls."""
-    starts = sum(known.start_ms(layer.kind) for layer in found.layers)
+    starts = known.starts_ms(layer.kind for layer in found.layers)
     between = max(0.0, found.outside_ms)
     spent = [(layer.name, verdict.kind, layer.ms) for layer, verdict in zip(found.layers, each, strict=True)]
     spent.append((NO_LAYER, "uncounted work", max(0.0, between - starts)))
@@ -412,7 +412,7 @@ def _of_the_whole(found: LayerTimes, each: list[Verdict], known: Limits) -> Verd
     total = duration(found.total_ms)
     if kind == "launch-bound":
         empty = counted(len(found.layers), "empty layer")
-        evidence = f"starting {empty} takes {duration(starts)} here, and the whole model {total}"
+        evidence = f"starting a call and {empty} takes {duration(starts)} here, and the whole model {total}"
     else:
         slowest = sorted((one for one in spent if one[1] == kind and one[2] > 0), key=lambda one: -one[2])
         where = listed([name for name, *_ in slowest[:3]]) + (" and others" if len(slowest) > 3 else "")
