@@ -338,3 +338,9 @@ def test_a_first_stage_alone_is_recalled_by_its_own_result(shipping, model, data
 def test_what_has_no_effect_needs_no_result(model, data):
     assert wb.FineTune(epochs=0).recall(model) is not None
     assert len(wb.Pipeline([PRUNE, wb.FineTune(epochs=0)]).recalled(model, data)) == 2
+
+
+def test_a_chip_names_no_setting_without_effect():
+    assert pipeline.brief(wb.LowRank(rank=0.5)) == "Low rank 0.5"
+    assert pipeline.brief(wb.LowRank(rank=0.5, choose="energy", kept=0.9)) == "Low rank 0.9"
+    assert pipeline.brief(wb.SemiStructuredPruning()) == "Semi structured pruning 2:4"

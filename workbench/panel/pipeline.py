@@ -27,8 +27,9 @@ OFFERED = (
 
 
 def brief(stage: Technique) -> str:
-    """Return a stage in few words: its name and its first setting."""
-    first = next(iter(stage.settings()), None)
+    """Return a stage in few words: its name and the first setting that says how much of it is done."""
+    knobs = (knob for knob in stage.settings() if knob.is_number or knob.has_neutral)
+    first = next((knob for knob in knobs if knob.applies(stage.values())), None)
     return f"{stage.title()} {controls.word(getattr(stage, first.name))}" if first else stage.title()
 
 
