@@ -128,11 +128,6 @@ def test_a_page_has_only_what_was_measured(baseline):
     assert html_page(profiles.report(baseline)).count("<figure ") == (9 if baseline else 8)
 
 
-def test_a_report_asks_for_verdicts_only_where_it_has_none():
-    asks = lambda **sections: any("--verdicts" in one for one in words.sentences(profiles.report(**sections)))
-    assert asks(verdicts=()) and not asks()
-
-
 def test_a_report_says_where_a_smaller_file_takes_as_much_memory():
     report = profiles.report()
     alike = replace(report, memory={**report.memory, "now": report.memory["baseline"]})

@@ -12,7 +12,6 @@ from workbench.profiler.verdicts import MANY_ZEROS
 if TYPE_CHECKING:
     from workbench.profiler.report import Profile, Run
 
-ASK_LAYERS = "Measured one by one, its layers tell what holds it up: see their verdicts (--verdicts)."
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -153,7 +152,7 @@ def _fewer_operations(profile: Profile) -> Iterator[str]:
         gain = f"it is {run.ratio}" if run.ratio.distinguishable else "its time is not distinguishable"
         yield f"On {run.runtime} the model does {times(fewer)} fewer multiply-adds, but {gain}."
     if short:
-        yield ASK_LAYERS
+        yield "The verdicts on its layers (--verdicts) tell what holds it up."
 
 
 def _gained(run: Run) -> bool:

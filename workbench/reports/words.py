@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from workbench.profiler.sweeps import knee
 from workbench.profiler.units import size
-from workbench.profiler.words import ASK_LAYERS
 
 if TYPE_CHECKING:
     from workbench.profiler.maps import WinLoseMap
@@ -260,5 +259,4 @@ BLOCKS = {
 
 def sentences(report: Report) -> Sequence[str]:
     """Return what the report says in plain sentences: the whole's verdicts first, then the profile's."""
-    said = (one for one in report.profile.sentences() if not (report.verdicts and one == ASK_LAYERS))
-    return [*(str(one) for one in report.verdicts if one.layer is None), *said]
+    return [*(str(one) for one in report.verdicts if one.layer is None), *report.profile.sentences()]
